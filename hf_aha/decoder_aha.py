@@ -1,0 +1,177 @@
+"""`AttributionDecoder`: tokens of a frozen transformer, pixels and a class become one score a pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class ConvBlock(nn.Module):
+    """Residual block: 7 x 7 or smaller depthwise convolution, norm, two-layer perceptron over channels.
+
+    GroupNorm with one group normalises each image by itself, so a map does not depend on its batch (BatchNorm would).
+    """
+
+    def __init__(self, width: int, kernel: int, expansion: int = 2):
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.norm = nn.GroupNorm(1, width)
+        self.expand = nn.Conv2d(width, expansion * width, 1)
+        self.reduce = nn.Conv2d(expansion * width, width, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.reduce(F.gelu(self.expand(self.norm(self.depthwise(x)))))
+
+
+class TokenProjection(nn.Module):
+    """One tapped layer's tokens, normalised here because families differ in whether theirs already are."""
+
+    def __init__(self, token_size: int, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(token_size)
+        self.linear = nn.Linear(token_size, width)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(tokens))
+
+
+@dataclass(frozen=True)
+class DecoderFeatures:
+    """What does not depend on the class asked about, computed once an image.
+
+    Attributes:
+        grid: (B, grid_width, gh, gw) projected tokens.
+        quarter: (B, quarter_width, ceil(H/4), ceil(W/4)) pixel features.
+        half: (B, half_width, ceil(H/2), ceil(W/2)) pixel features; the padded size is even.
+        size: (H, W) of the input.
+    """
+
+    grid: torch.Tensor
+    quarter: torch.Tensor
+    half: torch.Tensor
+    size: tuple[int, int]
+
+    def repeat(self, times: int) -> DecoderFeatures:
+        """The same features `times` times an image, for as many classes: batch B becomes B * times."""
+        return DecoderFeatures(
+            self.grid.repeat_interleave(times, 0),
+            self.quarter.repeat_interleave(times, 0),
+            self.half.repeat_interleave(times, 0),
+            self.size,
+        )
+
+
+class AttributionDecoder(nn.Module):
+    """Light decoder from frozen tokens to a dense score map.
+
+    Tokens of several layers are projected, summed and modulated by the class vector; blocks on the patch grid compare
+    patches; two upsampling stages merge the result with features of the pixels themselves, so that maps follow object
+    boundaries finer than a patch. Everything at full resolution is folded into channels at half resolution
+    (`pixel_unshuffle`), which costs a quarter and loses no pixel.
+
+    Args:
+        token_size: width of the tokens.
+        num_taps: number of tapped layers.
+        class_vector_size: width of the class vectors.
+        grid_width, grid_depth: channels and blocks on the patch grid.
+        quarter_width: channels at a quarter of the resolution.
+        half_width: channels at half of the resolution.
+
+    Example:
+        >>> decoder = AttributionDecoder(8, 1, 8, grid_width=8, grid_depth=1, quarter_width=8, half_width=8)
+        >>> decoder([torch.randn(2, 3, 2, 8)], torch.randn(2, 3, 24, 16), torch.randn(2, 8)).shape
+        torch.Size([2, 24, 16])
+
+    Reference: the paper (https://arxiv.org/abs/2604.05819) decodes a separate DINOv3 encoder with a DPT head and a
+    learned embedding of 1,000 classes; reading the classifier's own tokens and the rows of its head is our variant.
+    """
+
+    def __init__(
+        self,
+        token_size: int,
+        num_taps: int,
+        class_vector_size: int,
+        *,
+        grid_width: int = 160,
+        grid_depth: int = 3,
+        quarter_width: int = 48,
+        half_width: int = 16,
+    ):
+        super().__init__()
+        self.taps = nn.ModuleList(TokenProjection(token_size, grid_width) for _ in range(num_taps))
+        self.class_norm = nn.LayerNorm(class_vector_size)
+        self.class_modulation = nn.Linear(class_vector_size, 2 * grid_width)
+        self.grid_blocks = nn.Sequential(*(ConvBlock(grid_width, 7 if i == 0 else 3) for i in range(grid_depth)))
+        self.grid_score = nn.Conv2d(grid_width, 1, 1)
+        self.half_stem = nn.Conv2d(3 * 4, half_width, 3, padding=1)
+        self.quarter_stem = nn.Conv2d(half_width, quarter_width, 3, stride=2, padding=1)
+        self.grid_to_quarter = nn.Conv2d(grid_width, quarter_width, 1)
+        self.quarter_block = ConvBlock(quarter_width, 5)
+        self.quarter_to_half = nn.Conv2d(quarter_width, half_width, 1)
+        self.half_block = ConvBlock(half_width, 5)
+        self.pixel_score = nn.Conv2d(half_width, 4, 1)
+
+    def encode(self, tokens: Sequence[torch.Tensor], pixel_values: torch.Tensor) -> DecoderFeatures:
+        """Compute what serves every class.
+
+        Args:
+            tokens: one (B, gh, gw, token_size) per tapped layer.
+            pixel_values: (B, 3, H, W) normalised pixels.
+        """
+        if len(tokens) != len(self.taps):
+            raise ValueError(f"The decoder reads {len(self.taps)} layers, but tokens of {len(tokens)} were given.")
+        height, width = pixel_values.shape[-2:]
+        dtype = self.half_stem.weight.dtype
+        if -height % 4 or -width % 4:
+            pixel_values = F.pad(pixel_values, (0, -width % 4, 0, -height % 4), mode="replicate")
+        grid = sum(tap(token.to(dtype)) for tap, token in zip(self.taps, tokens)).permute(0, 3, 1, 2)
+        # Channels last throughout: the tokens arrive in that order, and convolutions on CPUs are faster in it.
+        pixels = F.pixel_unshuffle(pixel_values.to(dtype), 2).contiguous(memory_format=torch.channels_last)
+        half = F.gelu(self.half_stem(pixels))
+        return DecoderFeatures(grid, self.quarter_stem(half), half, (height, width))
+
+    def decode(self, features: DecoderFeatures, class_vectors: torch.Tensor) -> torch.Tensor:
+        """Scores (B, H, W) in float32, higher = more important, for one class an image.
+
+        Args:
+            features: of `encode`.
+            class_vectors: (B, class_vector_size).
+        """
+        scale, shift = self.class_modulation(self.class_norm(class_vectors.to(self.class_norm.weight.dtype))).chunk(
+            2, dim=-1
+        )
+        grid = features.grid * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        grid = self.grid_blocks(grid)
+        quarter = _resize(self.grid_to_quarter(grid), features.quarter.shape[-2:]) + features.quarter
+        quarter = self.quarter_block(quarter)
+        half = _resize(self.quarter_to_half(quarter), features.half.shape[-2:]) + features.half
+        half = self.half_block(half)
+        # Scores are ranked: in bfloat16 thousands of pixels would tie, so the last step is float32 under any autocast.
+        with torch.autocast(half.device.type, enabled=False):
+            pixel = _convolve_float32(self.pixel_score, half)
+            coarse = _convolve_float32(self.grid_score, grid)
+            height, width = features.size
+            padded = F.pixel_shuffle(pixel, 2)
+            coarse = _resize(coarse, padded.shape[-2:])
+            return (padded + coarse)[:, 0, :height, :width]
+
+    def forward(
+        self, tokens: Sequence[torch.Tensor], pixel_values: torch.Tensor, class_vectors: torch.Tensor
+    ) -> torch.Tensor:
+        """`decode(encode(tokens, pixel_values), class_vectors)`: scores (B, H, W), float32."""
+        return self.decode(self.encode(tokens, pixel_values), class_vectors)
+
+
+def _resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _convolve_float32(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x.float(), layer.weight.float(), layer.bias.float())
+
+
+__all__ = ["AttributionDecoder", "DecoderFeatures"]

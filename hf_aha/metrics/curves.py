@@ -1,0 +1,101 @@
+"""Hard deletion and insertion curves of the class probability."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..perturbation import deletion_images, insertion_images, pool_to_cells, spread_cells
+from ..ranking import hard_masks
+
+
+FRACTIONS_21 = tuple(step / 20 for step in range(21))
+"""0, 0.05, ..., 1: the 21 points of the protocol `aha`."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Class probability along both curves, one row an image, float32 on the CPU.
+
+    Attributes:
+        fractions: (P,) shares of perturbed pixels, ascending from 0 to 1.
+        deletion: (B, P) probability with the most important share removed; low is faithful.
+        insertion: (B, P) probability with only the most important share shown; high is faithful.
+    """
+
+    fractions: torch.Tensor
+    deletion: torch.Tensor
+    insertion: torch.Tensor
+
+    @property
+    def deletion_auc(self) -> torch.Tensor:
+        """(B,) area under the deletion curve, trapezoid rule on [0, 1]; lower is better, range 0..1."""
+        return torch.trapezoid(self.deletion, self.fractions, dim=1)
+
+    @property
+    def insertion_auc(self) -> torch.Tensor:
+        """(B,) area under the insertion curve, trapezoid rule on [0, 1]; higher is better, range 0..1."""
+        return torch.trapezoid(self.insertion, self.fractions, dim=1)
+
+
+@torch.no_grad()
+def deletion_insertion_curves(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    pixel_values: torch.Tensor,
+    reference: torch.Tensor,
+    scores: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    fractions: Sequence[float] = FRACTIONS_21,
+    cells: tuple[int, int] | None = None,
+    max_batch: int = 40,
+) -> Curves:
+    """Measure both curves with hard masks; both ends are shared by the two curves and computed once.
+
+    Args:
+        logits_of: classifier, (N, 3, H, W) -> (N, C).
+        pixel_values: (B, 3, H, W) normalised images.
+        reference: (B, 3, H, W) normalised references.
+        scores: (B, H, W), higher = more important; equal scores go by lowest index first.
+        target: (B,) classes.
+        fractions: ascending shares from 0 to 1, both included; `round(share * units)` units are perturbed.
+        cells: rank and perturb the cells of this rows x columns grid instead of pixels; scores are averaged in each.
+        max_batch: images a forward pass.
+
+    Returns:
+        the curves, per image.
+
+    Raises:
+        ValueError: the shapes do not fit, the scores are not finite, or the fractions do not run from 0 to 1.
+
+    Reference: RISE (https://arxiv.org/abs/1806.07421) defines the metrics; the 21 points and the rounding are those of
+    AHA's released evaluation.
+    """
+    if scores.shape != (len(pixel_values), *pixel_values.shape[-2:]):
+        raise ValueError(
+            f"scores have shape {tuple(scores.shape)}, but images of shape {tuple(pixel_values.shape)} need "
+            f"{(len(pixel_values), *pixel_values.shape[-2:])}."
+        )
+    if list(fractions) != sorted(fractions) or fractions[0] != 0 or fractions[-1] != 1:
+        raise ValueError(f"fractions must ascend from 0 to 1, but they are {tuple(fractions)}.")
+    size = tuple(scores.shape[-2:])
+    ranked = scores if cells is None else pool_to_cells(scores, cells)
+    units = ranked[0].numel()
+    inner = torch.tensor([round(share * units) for share in fractions[1:-1]], device=scores.device)
+    deletion, insertion = [], []
+    for row in range(len(scores)):
+        masks = hard_masks(ranked[row : row + 1].flatten(1), inner).unflatten(-1, ranked.shape[-2:])
+        masks = spread_cells(masks, size) if cells is not None else masks
+        image, blank = pixel_values[row : row + 1], reference[row : row + 1]
+        masks = masks.to(image.dtype)
+        perturbed = torch.cat(
+            [image, deletion_images(image, blank, masks)[0], insertion_images(image, blank, masks)[0], blank]
+        )
+        logits = torch.cat([logits_of(chunk).float() for chunk in perturbed.split(max_batch)])
+        probability = logits.softmax(-1)[:, target[row]].cpu()
+        clean, deleted, inserted, empty = probability.split([1, len(inner), len(inner), 1])
+        deletion.append(torch.cat([clean, deleted, empty]))
+        insertion.append(torch.cat([empty, inserted, clean]))
+    return Curves(torch.tensor(fractions), torch.stack(deletion), torch.stack(insertion))

@@ -1,0 +1,560 @@
+"""`AhaExplainer`: a frozen classifier and a light decoder that says which pixels made it decide."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import ModelOutput, cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from .classifier_aha import FINGERPRINT_TOLERANCE, FrozenClassifier, fingerprint_distance
+from .configuration_aha import AhaConfig
+from .decoder_aha import AttributionDecoder
+from .encoder_aha import FrozenEncoder
+
+
+if TYPE_CHECKING:
+    from hf_aha.explanation import Explanation
+
+CLASSIFIER_SUBFOLDER = "classifier"
+
+# What a load of the explainer passes on to the load of its classifier. `revision` is absent on purpose: the
+# explainer's commit says nothing about the classifier's, which the config pins by itself.
+_HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download")
+_MODEL_ARGUMENTS = ("dtype", "device_map", "attn_implementation")
+
+
+class ClassifierMismatchError(ValueError):
+    """The classifier at hand is not the one the explainer was trained for."""
+
+
+@dataclass
+class AhaOutput(ModelOutput):
+    """Output of [`AhaExplainer`].
+
+    Args:
+        scores (`torch.FloatTensor` of shape `(batch, height, width)` or `(batch, classes, height, width)`):
+            importance of every pixel for `target`, float32, unbounded; higher is more important; only the order counts.
+        logits (`torch.FloatTensor` of shape `(batch, num_labels)`): the classifier's own logits, from the same forward.
+        target (`torch.LongTensor` of shape `(batch,)` or `(batch, classes)`): the classes explained.
+    """
+
+    scores: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    target: torch.LongTensor | None = None
+
+
+class AhaExplainer(PreTrainedModel):
+    """Explains an image classifier of the Hub with one dense score map in one forward pass.
+
+    Example:
+
+    ```python
+    >>> from hf_aha import AhaExplainer
+    >>> explainer = AhaExplainer.from_pretrained("imagenette-demo")  # bundled, needs no network
+    >>> explanation = explainer.explain("photo.jpg")
+    >>> explanation.label, explanation.scores.shape
+    >>> explanation.overlay().save("overlay.png")
+    ```
+
+    Reference: "Learn to Rank: Visual Attribution by Learning Importance Ranking" (https://arxiv.org/abs/2604.05819).
+    """
+
+    config: AhaConfig
+    config_class = AhaConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    _no_split_modules = ["AttributionDecoder"]
+
+    def __init__(self, config: AhaConfig):
+        super().__init__(config)
+        self.decoder = AttributionDecoder(
+            config.token_size,
+            len(config.taps),
+            config.class_vector_size,
+            grid_width=config.grid_width,
+            grid_depth=config.grid_depth,
+            quarter_width=config.quarter_width,
+            half_width=config.half_width,
+        )
+        self.classifier: FrozenClassifier | None = None
+        self.encoder: FrozenEncoder | None = None
+        self.image_processor: BaseImageProcessor | None = None
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+
+    # ------------------------------------------------------------------------------------------ building and loading
+
+    @classmethod
+    def from_classifier(
+        cls,
+        classifier: PreTrainedModel | str | os.PathLike[str],
+        *,
+        image_processor: BaseImageProcessor | None = None,
+        encoder: str | os.PathLike[str] | None = None,
+        taps: Sequence[int] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        dtype: torch.dtype | str = torch.float32,
+        attn_implementation: str | None = None,
+        **decoder_sizes: int,
+    ) -> AhaExplainer:
+        """Build an untrained explainer for a classifier; every shape is derived from the classifier.
+
+        Args:
+            classifier: a loaded image classifier, a Hub id, or a folder. A loaded one is frozen and set to eval mode, but
+                never moved or cast.
+            image_processor: the classifier's; loaded from the same place when left out.
+            encoder: a separate frozen backbone for the tokens (the paper's choice); the classifier's own when left out.
+            taps: layers to read, from 1; a quarter, half, three quarters and all of them when left out.
+            revision, token, cache_dir, local_files_only: as in transformers, for the classifier given by id.
+            dtype, attn_implementation: of the classifier given by id.
+            **decoder_sizes: `grid_width`, `grid_depth`, `quarter_width`, `half_width` of [`AhaConfig`].
+
+        Raises:
+            UnsupportedClassifierError: the model is no classifier of a supported family.
+            TypeError: unknown name among the decoder's sizes.
+        """
+        unknown = set(decoder_sizes) - {"grid_width", "grid_depth", "quarter_width", "half_width"}
+        if unknown:
+            raise TypeError(f"from_classifier() has no argument {sorted(unknown)[0]!r}.")
+        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        source = None
+        if not isinstance(classifier, nn.Module):
+            source = str(classifier)
+            model_arguments = {"attn_implementation": attn_implementation} if attn_implementation else {}
+            classifier = AutoModelForImageClassification.from_pretrained(
+                source, revision=revision or "main", dtype=dtype, **hub, **model_arguments
+            )
+        frozen = FrozenClassifier(classifier)
+        source = source or classifier.name_or_path or None
+        if image_processor is None:
+            if source is None:
+                raise ValueError("The classifier was built in memory, so give its image_processor as well.")
+            image_processor = AutoImageProcessor.from_pretrained(source, revision=revision or "main", **hub)
+        frozen_encoder = None
+        if encoder is not None:
+            frozen_encoder = FrozenEncoder.from_pretrained(encoder, dtype=dtype, **hub)
+        tokens_of = frozen_encoder or frozen
+        mean, std = _mean_and_std(image_processor)
+        config = AhaConfig(
+            base_model_name_or_path=source,
+            base_model_revision=_commit_of(source, revision, cache_dir),
+            base_model_fingerprint=frozen.fingerprint(),
+            base_model_type=frozen.model_type,
+            image_size=list(_input_size(image_processor) or frozen.image_size),
+            patch_size=list(frozen.patch_size),
+            image_mean=mean,
+            image_std=std,
+            token_size=tokens_of.hidden_size,
+            class_vector_size=frozen.class_vector_size,
+            taps=list(taps) if taps is not None else _default_taps(tokens_of.num_layers),
+            encoder_name_or_path=None if encoder is None else str(encoder),
+            encoder_revision=None if encoder is None else _commit_of(str(encoder), None, cache_dir),
+            id2label=dict(frozen.id2label),
+            label2id={label: index for index, label in frozen.id2label.items()},
+            **decoder_sizes,
+        )
+        explainer = cls(config)
+        explainer.attach(frozen, encoder=frozen_encoder, image_processor=image_processor, check_fingerprint=False)
+        return explainer
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        classifier: PreTrainedModel | str | os.PathLike[str] | None = None,
+        load_classifier: bool = True,
+        allow_classifier_mismatch: bool = False,
+        **kwargs: Any,
+    ) -> AhaExplainer:
+        """Load an explainer and the classifier it explains.
+
+        Args:
+            pretrained_model_name_or_path: Hub id, folder, or the name of a bundled explainer (`"imagenette-demo"`); a
+                folder of that name comes first.
+            classifier: use this classifier instead of the one the config names (a loaded model, id or folder).
+            load_classifier: with `False` only the decoder is loaded; call `attach` before use.
+            allow_classifier_mismatch: warn instead of raise when the classifier behaves differently from the one the
+                explainer was trained for.
+            **kwargs: as for every transformers model. `token`, `cache_dir`, `local_files_only`, `force_download`, `dtype`,
+                `device_map` and `attn_implementation` reach the classifier too; `revision` is the explainer's alone.
+
+        Raises:
+            ClassifierMismatchError: the classifier is not the one the explainer was trained for.
+            OSError: something is not found, as in transformers.
+        """
+        name = _bundled_path(pretrained_model_name_or_path)
+        attention = kwargs.pop("attn_implementation", None)
+        loaded = super().from_pretrained(name, *model_args, **kwargs)
+        explainer, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        if load_classifier:
+            hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
+            model_arguments = {key: kwargs[key] for key in _MODEL_ARGUMENTS if key in kwargs}
+            if attention is not None:
+                model_arguments["attn_implementation"] = attention
+            explainer._load_frozen(name, classifier, kwargs, hub, model_arguments, allow_classifier_mismatch)
+        return (explainer, *info) if info else explainer
+
+    def _load_frozen(
+        self,
+        name: str,
+        classifier: PreTrainedModel | str | os.PathLike[str] | None,
+        kwargs: dict[str, Any],
+        hub: dict[str, Any],
+        model_arguments: dict[str, Any],
+        allow_mismatch: bool,
+    ) -> None:
+        own = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
+        included = self.config.includes_classifier
+        if classifier is None and included:
+            subfolder = "/".join(filter(None, (own.pop("subfolder", ""), CLASSIFIER_SUBFOLDER)))
+            source, place = name, {**own, "subfolder": subfolder}
+        else:
+            source = self.config.base_model_name_or_path if classifier is None else classifier
+            revision = self.config.base_model_revision if classifier is None else None
+            place = {"revision": revision} if revision else {}
+        if source is None:
+            raise OSError(
+                f"The explainer {name} was trained for a classifier built in memory; "
+                "give that classifier with classifier=..."
+            )
+        if not isinstance(source, nn.Module):
+            try:
+                source = AutoModelForImageClassification.from_pretrained(source, **place, **hub, **model_arguments)
+            except OSError as error:
+                raise OSError(
+                    f"The explainer {name} explains the classifier {source}, which could not be loaded; "
+                    f"give it with classifier=..., or load_classifier=False for the decoder alone. Reason: {error}"
+                ) from error
+        encoder = None
+        if self.config.encoder_name_or_path is not None:
+            place = {"revision": self.config.encoder_revision} if self.config.encoder_revision else {}
+            encoder = FrozenEncoder.from_pretrained(
+                self.config.encoder_name_or_path, **place, **hub, **model_arguments
+            )
+        processor = AutoImageProcessor.from_pretrained(
+            name, **hub, **{key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
+        )
+        self.attach(source, encoder=encoder, image_processor=processor, allow_mismatch=allow_mismatch)
+
+    def attach(
+        self,
+        classifier: FrozenClassifier | PreTrainedModel,
+        *,
+        encoder: FrozenEncoder | None = None,
+        image_processor: BaseImageProcessor | None = None,
+        check_fingerprint: bool = True,
+        allow_mismatch: bool = False,
+    ) -> AhaExplainer:
+        """Set the classifier to explain. It is frozen and put in eval mode; it is never moved, cast or saved by default.
+
+        Args:
+            classifier: the classifier the explainer was trained for.
+            encoder: the separate backbone, when the config names one.
+            image_processor: of the classifier; needed by `explain`.
+            check_fingerprint: compare the classifier's behaviour with the one recorded at training.
+            allow_mismatch: warn instead of raise when it differs.
+
+        Raises:
+            ClassifierMismatchError: its sizes, labels or behaviour are not those of the config.
+        """
+        frozen = classifier if isinstance(classifier, FrozenClassifier) else FrozenClassifier(classifier)
+        config = self.config
+        facts = {
+            "class_vector_size": frozen.class_vector_size,
+            "patch_size": list(frozen.patch_size),
+            "num_labels": frozen.num_labels,
+        }
+        if encoder is None:
+            facts["token_size"] = frozen.hidden_size
+            if max(config.taps) > frozen.num_layers:
+                raise ClassifierMismatchError(
+                    f"The explainer reads layer {max(config.taps)}, but the classifier has {frozen.num_layers} layers."
+                )
+        elif encoder.hidden_size != config.token_size:
+            raise ClassifierMismatchError(
+                f"The explainer reads tokens of width {config.token_size}, but the encoder's are {encoder.hidden_size}."
+            )
+        for fact, value in facts.items():
+            if value != getattr(config, fact):
+                raise ClassifierMismatchError(
+                    f"The explainer was trained for a classifier with {fact} {getattr(config, fact)} "
+                    f"({config.base_model_name_or_path}), but this one has {value}."
+                )
+        if check_fingerprint and config.base_model_fingerprint is not None:
+            distance = fingerprint_distance(config.base_model_fingerprint, frozen.fingerprint())
+            if not distance <= FINGERPRINT_TOLERANCE:
+                message = (
+                    f"This classifier does not behave like {config.base_model_name_or_path}, which the explainer was "
+                    f"trained for (fingerprint distance {distance:.3f}, tolerance {FINGERPRINT_TOLERANCE}); "
+                    "load that one, or accept it with allow_classifier_mismatch=True."
+                )
+                if not allow_mismatch:
+                    raise ClassifierMismatchError(message)
+                warnings.warn(message, UserWarning, stacklevel=2)
+        self.classifier, self.encoder = frozen, encoder
+        if image_processor is not None:
+            self.image_processor = image_processor
+        # transformers matches these names exactly.
+        self._keys_to_ignore_on_save = {
+            f"{prefix}.{name}"
+            for prefix, module in (("classifier", frozen), ("encoder", encoder))
+            if module is not None
+            for name in module.state_dict()
+        }
+        return self
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, include_classifier: bool = False, **kwargs: Any
+    ) -> None:
+        """Save the decoder, the config and the image processor; no network is used.
+
+        Args:
+            save_directory: a folder, made when missing.
+            include_classifier: also save the classifier's weights, under `classifier/`, for machines without network.
+            *args, **kwargs: as in transformers.
+        """
+        if include_classifier:
+            self._require_classifier().model.save_pretrained(Path(save_directory) / CLASSIFIER_SUBFOLDER)
+        previous, self.config.includes_classifier = self.config.includes_classifier, include_classifier
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.includes_classifier = previous
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(save_directory)
+
+    def train(self, mode: bool = True) -> AhaExplainer:
+        """Set the decoder's mode; the classifier and the encoder stay in eval mode."""
+        super().train(mode)
+        for frozen in (self.classifier, self.encoder):
+            if frozen is not None:
+                frozen.eval()
+        return self
+
+    # -------------------------------------------------------------------------------------------------- explaining
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        target: torch.Tensor | int | None = None,
+        return_dict: bool | None = None,
+    ) -> AhaOutput | tuple[torch.Tensor, ...]:
+        """Score every pixel for one or several classes an image, in one forward of the classifier.
+
+        Args:
+            pixel_values: (B, 3, H, W) pixels as the classifier's image processor makes them.
+            target: class index for all images, (B,) one an image, or (B, M) several; the predicted class when left out.
+            return_dict: `False` returns the tuple (scores, logits, target).
+
+        Returns:
+            [`AhaOutput`] with scores (B, H, W), or (B, M, H, W) for a target of shape (B, M).
+
+        Raises:
+            ValueError: NaN or infinite pixels, a class out of range, a target of the wrong length.
+            RuntimeError: no classifier is attached.
+        """
+        self._require_classifier()
+        _check_finite(pixel_values)
+        tokens, logits = self.features(pixel_values)
+        target = logits.argmax(dim=-1) if target is None else self._check_target(target, pixel_values)
+        output = self._explain_features(tokens, logits, pixel_values, target)
+        return (output.scores, output.logits, output.target) if return_dict is False else output
+
+    def explain_top(self, pixel_values: torch.Tensor, k: int) -> AhaOutput:
+        """Score every pixel for the `k` most probable classes: scores (B, k, H, W), target (B, k), still one forward."""
+        self._require_classifier()
+        _check_finite(pixel_values)
+        tokens, logits = self.features(pixel_values)
+        return self._explain_features(tokens, logits, pixel_values, logits.topk(k, dim=-1).indices)
+
+    def _explain_features(
+        self, tokens: Sequence[torch.Tensor], logits: torch.Tensor, pixel_values: torch.Tensor, target: torch.Tensor
+    ) -> AhaOutput:
+        features = self.decoder.encode(tokens, pixel_values)
+        if target.ndim == 2:
+            features = features.repeat(target.shape[1])
+        scores = self.decoder.decode(features, self.classifier.class_vectors(target.flatten()))
+        return AhaOutput(scores=scores.unflatten(0, target.shape), logits=logits, target=target)
+
+    def features(self, pixel_values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """What the frozen parts give: the tapped tokens, one (B, gh, gw, D) a layer, and the logits (B, num_labels)."""
+        classifier = self._require_classifier()
+        if self.encoder is None:
+            features = classifier(pixel_values, layers=self.config.taps)
+            return features.tokens, features.logits
+        tokens = self.encoder(pixel_values, self.config.taps, self.config.image_mean, self.config.image_std)
+        return tokens, classifier(pixel_values).logits
+
+    def explain(
+        self,
+        images: Any,
+        target: int | str | Sequence[int | str] | torch.Tensor | None = None,
+        *,
+        top_k: int = 1,
+        batch_size: int = 8,
+    ) -> Explanation | list[Any]:
+        """Explain photographs as they are: read, processed, scored, and mapped back to their own pixels.
+
+        Args:
+            images: a PIL image, path, http(s) URL, encoded bytes or array, or a list of them.
+            target: class index or label for all images, or one an image; the predicted class when left out.
+            top_k: explain this many of the most probable classes instead; not together with `target`.
+            batch_size: images a forward pass.
+
+        Returns:
+            an [`Explanation`] for one image, a list of them for a list; with `top_k` > 1 a list of them an image.
+
+        Raises:
+            ImageReadError: an image cannot be read.
+            ValueError: an unknown label (near ones are suggested), a class out of range, a list of the wrong length.
+        """
+        try:
+            module = importlib.import_module("hf_aha.explanation")
+        except ImportError as error:
+            raise ImportError("explain() needs the hf_aha package: pip install hf-aha.") from error
+        return module.explain(self, images, target, top_k=top_k, batch_size=batch_size)
+
+    def class_index(self, target: int | str) -> int:
+        """The index of a class given by index or label; labels match without regard to case.
+
+        Raises:
+            ValueError: no such class; near labels are suggested.
+        """
+        labels = self.config.id2label
+        if isinstance(target, str):
+            wanted = target.strip().casefold()
+            # ImageNet labels list synonyms ("tench, Tinca tinca"): each of them names the class.
+            names = {}
+            for index, label in labels.items():
+                for name in (label, *label.split(",")):
+                    names.setdefault(name.strip().casefold(), int(index))
+            if wanted in names:
+                return names[wanted]
+            if not wanted.lstrip("-").isdigit():
+                near = difflib.get_close_matches(wanted, names, n=3)
+                hint = (
+                    f"did you mean {' or '.join(repr(labels[names[name]]) for name in near)}?"
+                    if near
+                    else (f"its labels are {', '.join(list(labels.values())[:5])}, ...")
+                )
+                raise ValueError(f"The classifier has no label {target!r}; {hint}")
+            target = int(wanted)
+        if not 0 <= int(target) < self.config.num_labels:
+            raise ValueError(
+                f"The class index {target} is out of range: the classifier has the classes 0..{self.config.num_labels - 1}."
+            )
+        return int(target)
+
+    def _check_target(self, target: torch.Tensor | int, pixel_values: torch.Tensor) -> torch.Tensor:
+        batch, device = len(pixel_values), pixel_values.device
+        if not isinstance(target, torch.Tensor):
+            target = torch.as_tensor(target, device=device)
+        target = target.to(device)
+        if target.is_floating_point() or target.dtype == torch.bool:
+            raise ValueError(f"target must hold class indices as integers, but its dtype is {target.dtype}.")
+        if target.ndim == 0:
+            target = target.expand(batch)
+        if target.ndim > 2 or len(target) != batch:
+            raise ValueError(
+                f"target has shape {tuple(target.shape)} for {batch} images; give one class, ({batch},) or ({batch}, M)."
+            )
+        if not torch.compiler.is_compiling():
+            wrong = target[(target < 0) | (target >= self.config.num_labels)]
+            if wrong.numel():
+                raise ValueError(
+                    f"The class index {int(wrong[0])} is out of range: "
+                    f"the classifier has the classes 0..{self.config.num_labels - 1}."
+                )
+        return target.long()
+
+    def _require_classifier(self) -> FrozenClassifier:
+        if self.classifier is None:
+            raise RuntimeError(
+                "No classifier is attached: call attach(classifier), or load with load_classifier=True."
+            )
+        return self.classifier
+
+
+def _check_finite(pixel_values: torch.Tensor) -> None:
+    if not torch.compiler.is_compiling() and not torch.isfinite(pixel_values).all():
+        bad = int((~torch.isfinite(pixel_values)).flatten(1).any(1).nonzero()[0])
+        raise ValueError(
+            f"pixel_values of image {bad} hold NaN or infinite pixels; check the image and its processing."
+        )
+
+
+def _default_taps(num_layers: int) -> list[int]:
+    return sorted({max(1, round(num_layers * share)) for share in (0.25, 0.5, 0.75, 1.0)})
+
+
+def _mean_and_std(processor: BaseImageProcessor) -> tuple[list[float], list[float]]:
+    if not getattr(processor, "do_normalize", True):
+        return [0.0] * 3, [1.0] * 3
+    mean, std = list(processor.image_mean), list(processor.image_std)
+    return [float(value) for value in mean], [float(value) for value in std]
+
+
+def _input_size(processor: BaseImageProcessor) -> tuple[int, int] | None:
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    if size is None:
+        return None
+    height, width = (
+        getattr(size, key, None) if not isinstance(size, dict) else size.get(key) for key in ("height", "width")
+    )
+    return (height, width) if height and width else None
+
+
+def _commit_of(source: str | None, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:
+    """The 40-hex commit of a Hub model that has just been loaded, read from the cache's path: no network is used."""
+    if source is None or os.path.isdir(source):
+        return None
+    path = cached_file(
+        source,
+        "config.json",
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if path is None else extract_commit_hash(path, None)
+
+
+def _bundled_path(name: str | os.PathLike[str]) -> str:
+    if not os.path.isdir(name):
+        bundled = Path(__file__).parent / "bundled" / str(name)
+        if os.sep not in str(name) and (bundled / "config.json").is_file():
+            return str(bundled)
+    return str(name)
+
+
+__all__ = ["AhaExplainer", "AhaOutput", "ClassifierMismatchError"]

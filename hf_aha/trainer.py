@@ -1,0 +1,352 @@
+"""`AhaTrainer`: trains an explainer's decoder on Accelerate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from .data import Batch, Photographs, collate, mosaic
+from .metrics.curves import deletion_insertion_curves
+from .modeling_aha import AhaExplainer
+from .objectives import ObjectiveOutput
+from .perturbation import Normalization, reference_image
+from .training_args import AhaTrainingArguments
+from .visualization import plot_training
+
+
+class UnreadableDataError(ValueError):
+    """Too many rows of the dataset cannot be read."""
+
+
+class AhaTrainer:
+    """Trains the decoder of an explainer; the classifier and the encoder stay frozen and out of every checkpoint.
+
+    The run folder holds `arguments.json`, `log.jsonl` (a line every `log_steps` and every validation),
+    `training.png`, `unreadable.jsonl` (rows that could not be read), `checkpoint-N/`, and the trained explainer in
+    `final/`, in Hub layout.
+
+    Args:
+        explainer: with a classifier attached; moved to the device that Accelerate chooses.
+        args: settings.
+        train_dataset: rows with training crops.
+        eval_dataset: rows as the image processor makes them; no validation without it.
+
+    Example:
+
+    ```python
+    explainer = AhaExplainer.from_classifier("google/vit-base-patch16-224")
+    AhaTrainer(explainer, AhaTrainingArguments(output_dir="run"), train_dataset).train()
+    ```
+    """
+
+    def __init__(
+        self,
+        explainer: AhaExplainer,
+        args: AhaTrainingArguments,
+        train_dataset: Photographs,
+        eval_dataset: Photographs | None = None,
+    ):
+        self.args = args
+        self.output = Path(args.output_dir)
+        self.accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            project_config=ProjectConfiguration(project_dir=str(self.output)),
+        )
+        set_seed(args.seed)
+        self.explainer = explainer.to(self.accelerator.device)
+        self.classifier = explainer.classifier
+        self.objective = args.objective()
+        self.normalization = Normalization(explainer.config.image_mean, explainer.config.image_std)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        # Every process draws its own references, grids and points.
+        self.generator = torch.Generator().manual_seed(args.seed + 1000 * self.accelerator.process_index)
+        self.step = 0
+        self.errors: list[tuple[int, str]] = []
+
+        loader = DataLoader(
+            train_dataset,
+            args.per_device_batch_size,
+            shuffle=True,
+            drop_last=len(train_dataset) >= args.per_device_batch_size,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            generator=torch.Generator().manual_seed(args.seed),
+        )
+        decay = [p for p in explainer.decoder.parameters() if p.ndim > 1]
+        no_decay = [p for p in explainer.decoder.parameters() if p.ndim <= 1]
+        optimizer = torch.optim.AdamW(
+            [{"params": decay, "weight_decay": args.weight_decay}, {"params": no_decay, "weight_decay": 0.0}],
+            lr=args.learning_rate,
+            betas=(0.9, 0.99),
+        )
+        self.decoder, self.optimizer, self.loader = self.accelerator.prepare(explainer.decoder, optimizer, loader)
+        self.schedule = get_cosine_schedule_with_warmup(
+            self.optimizer, math.ceil(args.warmup_share * args.max_steps), args.max_steps
+        )
+        self.average = None
+        if args.ema_decay > 0:
+            self.average = AveragedModel(explainer.decoder, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+            self.accelerator.register_for_checkpointing(self.average)
+        self.accelerator.register_for_checkpointing(self.schedule, self)
+
+    # Accelerate checkpoints this object beside the decoder and the optimiser.
+    def state_dict(self) -> dict[str, object]:
+        """Step and random state, for checkpoints."""
+        return {"step": self.step, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, object]) -> None:
+        """Restore what `state_dict` gave."""
+        self.step = state["step"]
+        self.generator.set_state(state["generator"])
+
+    def train(self) -> AhaExplainer:
+        """Train to `max_steps`, and return the explainer with its final (averaged) weights.
+
+        Raises:
+            UnreadableDataError: more than `max_unreadable` rows could not be read.
+            FloatingPointError: the loss is not finite.
+        """
+        args, main = self.args, self.accelerator.is_main_process
+        if main:
+            self.output.mkdir(parents=True, exist_ok=True)
+            settings = json.dumps(dataclasses.asdict(args), indent=2)
+            (self.output / "arguments.json").write_text(settings + "\n")
+        self._resume()
+        progress = tqdm(
+            total=args.max_steps, initial=self.step, disable=not self.accelerator.is_local_main_process, mininterval=5
+        )
+        self.decoder.train()
+        recent: list[ObjectiveOutput] = []
+        started, images = time.perf_counter(), 0
+        for batch in self._batches():
+            with self.accelerator.accumulate(self.decoder):
+                output = self.training_step(batch.pixel_values, batch.labels)
+                recent.append(output)
+                images += len(batch.pixel_values)
+            if not self.accelerator.sync_gradients:
+                continue
+            self.step += 1
+            progress.update()
+            if self.step % args.log_steps == 0 or self.step == args.max_steps:
+                rate = images * self.accelerator.num_processes / (time.perf_counter() - started)
+                entry = self._log_training(recent, rate)
+                progress.set_postfix(deletion=entry["deletion"], insertion=entry["insertion"], refresh=False)
+                recent, images, started = [], 0, time.perf_counter()
+            if self.eval_dataset is not None and (self.step % args.eval_steps == 0 or self.step == args.max_steps):
+                self._log({"step": self.step, **self.evaluate()})
+                images, started = 0, time.perf_counter()
+            if self.step % args.save_steps == 0 and self.step < args.max_steps:
+                self._save_checkpoint()
+            if self.step == args.max_steps:
+                break
+        progress.close()
+        self._finish()
+        return self.explainer
+
+    def training_step(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> ObjectiveOutput:
+        """One forward and backward pass and, where gradients are synchronised, one optimiser step."""
+        device = self.accelerator.device
+        pixel_values = mosaic(pixel_values, self.args.mosaic_share, self.generator).to(device)
+        with torch.no_grad(), self.accelerator.autocast():
+            tokens, logits = self.explainer.features(pixel_values)
+        target = self._training_target(logits.float(), labels.to(device))
+        scores = self.decoder(tokens, pixel_values, self.classifier.class_vectors(target))
+        output = self.objective(
+            scores.float(),
+            pixel_values,
+            target,
+            self._logits_of,
+            self.normalization,
+            tau=self.args.tau(self.step),
+            generator=self.generator,
+        )
+        if not torch.isfinite(output.loss):
+            raise FloatingPointError(
+                f"The loss is {output.loss.item()} at step {self.step}; lower the learning rate or raise tau_end."
+            )
+        self.accelerator.backward(output.loss)
+        if self.accelerator.sync_gradients:
+            self.accelerator.clip_grad_norm_(self.decoder.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.accelerator.sync_gradients:
+            self.schedule.step()
+            if self.average is not None:
+                self.average.update_parameters(self.explainer.decoder)
+        return output
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Hard deletion and insertion areas on the first `eval_images` validation rows, at pixels and patch cells.
+
+        Every process measures its own rows; the means are over all of them. The averaged weights are measured when
+        there are any.
+        """
+        decoder = self._final_decoder().eval()
+        rows = list(range(min(self.args.eval_images, len(self.eval_dataset))))
+        rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        sums: dict[str, float] = {}
+        count = 0
+        for start in range(0, len(rows), 8):
+            batch = collate([self.eval_dataset[row] for row in rows[start : start + 8]])
+            if batch.pixel_values is None:
+                continue
+            pixel_values = batch.pixel_values.to(self.accelerator.device)
+            with self.accelerator.autocast():
+                tokens, logits = self.explainer.features(pixel_values)
+                target = logits.argmax(-1)
+                scores = decoder(tokens, pixel_values, self.classifier.class_vectors(target)).float()
+            rgb = self.normalization.denormalize(pixel_values)
+            generator = torch.Generator().manual_seed(self.args.seed)
+            for kind in self.args.eval_references:
+                reference = reference_image(rgb, kind, blur_sigma=self.objective.blur_sigma, generator=generator)
+                reference = self.normalization.normalize(reference)
+                for suffix, cells in (("", None), ("/cells", self.classifier.grid(*pixel_values.shape[-2:]))):
+                    curves = deletion_insertion_curves(
+                        self._logits_of, pixel_values, reference, scores, target, fractions=_ELEVEN, cells=cells
+                    )
+                    for name, area in (("deletion", curves.deletion_auc), ("insertion", curves.insertion_auc)):
+                        key = f"validation/{kind}{suffix}/{name}"
+                        sums[key] = sums.get(key, 0.0) + float(area.sum())
+            count += len(pixel_values)
+        names = sorted(sums)
+        totals = torch.tensor([count, *(sums[name] for name in names)], device=self.accelerator.device)
+        totals = self.accelerator.reduce(totals, "sum").tolist()
+        return {name: round(total / max(totals[0], 1), 4) for name, total in zip(names, totals[1:])}
+
+    def _logits_of(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.classifier(pixel_values).logits
+
+    def _training_target(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.args.target_classes == "label":
+            return labels
+        if self.args.target_classes == "sampled":
+            return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=self.generator)[:, 0].to(logits.device)
+        return logits.argmax(-1)
+
+    def _batches(self) -> Iterator[Batch]:
+        """Batches without end, from where the run stands; unreadable rows are noted and left out."""
+        per_epoch = len(self.loader)
+        done = self.step * self.args.gradient_accumulation_steps
+        epoch, skip = divmod(done, per_epoch)
+        while True:
+            self.train_dataset.epoch = epoch
+            loader = self.accelerator.skip_first_batches(self.loader, skip) if skip else self.loader
+            if hasattr(loader, "set_epoch"):
+                loader.set_epoch(epoch)
+            readable = 0
+            for batch in loader:
+                self._note_errors(batch)
+                if batch.pixel_values is not None:
+                    readable += 1
+                    yield batch
+            if not readable and not skip:
+                raise UnreadableDataError("No row of the training dataset could be read.")
+            epoch, skip = epoch + 1, 0
+
+    def _note_errors(self, batch: Batch) -> None:
+        if not batch.errors:
+            return
+        known = {row for row, _ in self.errors}
+        fresh = [error for error in batch.errors if error[0] not in known]
+        self.errors += fresh
+        with open(self.output / "unreadable.jsonl", "a") as file:
+            file.writelines(json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in fresh)
+        if len(self.errors) > self.args.max_unreadable:
+            row, reason = self.errors[-1]
+            raise UnreadableDataError(
+                f"{len(self.errors)} rows of the training dataset could not be read, more than max_unreadable="
+                f"{self.args.max_unreadable}; the last was row {row}: {reason}"
+            )
+
+    def _final_decoder(self) -> torch.nn.Module:
+        return self.explainer.decoder if self.average is None else self.average.module
+
+    def _log_training(self, recent: list[ObjectiveOutput], rate: float) -> dict[str, float]:
+        means = {
+            name: round(float(torch.stack([getattr(o, name).detach() for o in recent]).mean()), 4)
+            for name in ("loss", "deletion", "insertion", "peak_penalty")
+        }
+        entry = {
+            "step": self.step,
+            **means,
+            "tau": round(self.args.tau(self.step), 4),
+            "learning_rate": self.schedule.get_last_lr()[0],
+            "images_per_second": round(rate, 2),
+        }
+        self._log(entry)
+        return entry
+
+    def _log(self, entry: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            with open(self.output / "log.jsonl", "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def _save_checkpoint(self) -> None:
+        self.accelerator.save_state(str(self.output / f"checkpoint-{self.step}"))
+        if self.accelerator.is_main_process:
+            for old in _checkpoints(self.output)[: -self.args.save_total_limit]:
+                for path in sorted(old.rglob("*"), reverse=True):
+                    path.unlink() if path.is_file() else path.rmdir()
+                old.rmdir()
+
+    def _resume(self) -> None:
+        wanted = self.args.resume_from_checkpoint
+        if wanted is None:
+            if self.accelerator.is_main_process:
+                (self.output / "log.jsonl").unlink(missing_ok=True)
+            return
+        found = _checkpoints(self.output)
+        if wanted == "auto" and not found:
+            return
+        folder = found[-1] if wanted == "auto" else Path(wanted)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"The checkpoint {folder} does not exist; use 'auto' for the newest one.")
+        self.accelerator.load_state(str(folder))
+
+    def _finish(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.average is not None:
+            self.explainer.decoder.load_state_dict(self.average.module.state_dict())
+        self.explainer.eval()
+        self.explainer.config.training = self._summary()
+        if self.accelerator.is_main_process:
+            self.explainer.save_pretrained(self.output / "final")
+            log = [json.loads(line) for line in (self.output / "log.jsonl").read_text().splitlines()]
+            plot_training(log, self.output / "training.png")
+
+    def _summary(self) -> dict[str, object]:
+        images = self.args.per_device_batch_size * self.args.gradient_accumulation_steps
+        return {
+            "steps": self.step,
+            "images_seen": self.step * images * self.accelerator.num_processes,
+            "train_rows": len(self.train_dataset),
+            "unreadable_rows": len(self.errors),
+            "arguments": {
+                k: v for k, v in dataclasses.asdict(self.args).items() if v is not None and k != "output_dir"
+            },
+        }
+
+
+_ELEVEN = tuple(step / 10 for step in range(11))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]))

@@ -1,0 +1,116 @@
+"""`AhaTrainingArguments`: every setting of a training run, from YAML, command line or Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from .objectives import FaithfulnessObjective
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class AhaTrainingArguments:
+    """Settings of [`AhaTrainer`]; names follow `transformers.TrainingArguments` where both have the setting.
+
+    Raises:
+        ValueError: a value is out of its range.
+
+    Example:
+        >>> AhaTrainingArguments(output_dir="run", max_steps=10).objective().ranker
+        'quantile'
+    """
+
+    output_dir: str = field(metadata=_help("Folder of the run: log, plot, checkpoints and the final explainer."))
+    max_steps: int = field(default=1000, metadata=_help("Optimiser steps."))
+    per_device_batch_size: int = field(default=16, metadata=_help("Images a step and process."))
+    gradient_accumulation_steps: int = field(default=1, metadata=_help("Batches an optimiser step."))
+    learning_rate: float = field(default=2e-3, metadata=_help("Peak learning rate of AdamW."))
+    weight_decay: float = field(default=0.01, metadata=_help("Decay of weight matrices; norms and biases have none."))
+    warmup_share: float = field(default=0.06, metadata=_help("Share of the steps that warm up; then a cosine to 0."))
+    max_grad_norm: float = field(default=1.0, metadata=_help("Gradients are clipped to this norm."))
+    ema_decay: float = field(
+        default=0.998, metadata=_help("Decay of the averaged weights that are saved; 0 for none.")
+    )
+    mixed_precision: str = field(default="bf16", metadata=_help("no, bf16 or fp16; ranking stays in float32."))
+    seed: int = field(default=0, metadata=_help("Seeds weights, crops, references, points and noise."))
+    dataloader_num_workers: int = field(default=1, metadata=_help("Processes that decode images."))
+    crop_scale: list[float] = field(
+        default_factory=lambda: [0.35, 1.0], metadata=_help("Range of a training crop's share of the image area.")
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata=_help("Train at this side in pixels instead of the classifier's own; cheaper when less."),
+    )
+    max_unreadable: int = field(default=100, metadata=_help("Stop when more rows than this cannot be read."))
+
+    preset: str = field(default="default", metadata=_help("Objective settings to start from: default or paper."))
+    target_classes: str = field(
+        default="predicted",
+        metadata=_help("Class explained in training: predicted, label, or sampled from the predicted probabilities."),
+    )
+    mosaic_share: float = field(
+        default=0.0, metadata=_help("Share of images pasted together from two photographs, so that classes compete.")
+    )
+    tau_start: float = field(default=1.0, metadata=_help("Ranking temperature at the first step."))
+    tau_end: float = field(default=0.3, metadata=_help("Ranking temperature at the last step, reached geometrically."))
+    ranker: str | None = field(default=None, metadata=_help("Override of the preset: transport, sinkhorn, quantile."))
+    num_bins: int | None = field(default=None, metadata=_help("Override: steps of a curve."))
+    curve_points: int | None = field(default=None, metadata=_help("Override: points a curve and image; 0 for all."))
+    straight_through: bool | None = field(default=None, metadata=_help("Override: hard masks forward."))
+    noise: float | None = field(default=None, metadata=_help("Override: scale of the Gumbel noise."))
+    pixel_share: float | None = field(default=None, metadata=_help("Override: share of steps that rank pixels."))
+    grid_range: list[int] | None = field(default=None, metadata=_help("Override: cells a side of random grids."))
+    references: list[str] | None = field(default=None, metadata=_help("Override: black, mean, blur, noise."))
+    blur_sigma: float | None = field(default=None, metadata=_help("Override: blur, as a share of the side."))
+    mask_smoothing: float | None = field(default=None, metadata=_help("Override: Gaussian on the masks, in pixels."))
+    peak_weight: float | None = field(default=None, metadata=_help("Override: weight of the peak penalty."))
+    score: str | None = field(default=None, metadata=_help("Override: probability or log_odds."))
+
+    log_steps: int = field(default=10, metadata=_help("Steps between log lines."))
+    eval_steps: int = field(default=200, metadata=_help("Steps between validations with hard curves."))
+    eval_images: int = field(default=32, metadata=_help("Validation images."))
+    eval_references: list[str] = field(
+        default_factory=lambda: ["blur", "mean"], metadata=_help("References of the validation curves.")
+    )
+    save_steps: int = field(default=200, metadata=_help("Steps between checkpoints."))
+    save_total_limit: int = field(default=2, metadata=_help("Checkpoints kept."))
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata=_help("A checkpoint folder, or `auto` for the newest one in output_dir.")
+    )
+
+    def __post_init__(self):
+        for name in ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "log_steps", "eval_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}.")
+        if self.target_classes not in ("predicted", "label", "sampled"):
+            raise ValueError(f"target_classes must be predicted, label or sampled, but it is {self.target_classes!r}.")
+        for name in ("tau_start", "tau_end", "learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, but it is {getattr(self, name)}.")
+        for name in ("warmup_share", "mosaic_share", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], but it is {getattr(self, name)}.")
+        self.objective()
+
+    def objective(self) -> FaithfulnessObjective:
+        """The preset with this run's overrides.
+
+        Raises:
+            ValueError: unknown preset, or a value out of range.
+        """
+        settings = {
+            f.name: getattr(FaithfulnessObjective.preset(self.preset), f.name) for f in fields(FaithfulnessObjective)
+        }
+        for name in settings:
+            value = getattr(self, name)
+            if value is not None:
+                settings[name] = tuple(value) if isinstance(value, list) else value
+        return FaithfulnessObjective(**settings)
+
+    def tau(self, step: int) -> float:
+        """Ranking temperature at `step`, 0..max_steps: geometric from `tau_start` to `tau_end`."""
+        share = min(step / max(1, self.max_steps - 1), 1.0)
+        return self.tau_start * (self.tau_end / self.tau_start) ** share

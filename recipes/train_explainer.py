@@ -1,0 +1,107 @@
+#!/usr/bin/env python
+"""Train an explainer for an image classifier.
+
+    accelerate launch recipes/train_explainer.py recipes/vit-b16-imagenet.yaml --output_dir runs/aha-vit-b16
+
+Any setting of the YAML file can be overridden on the command line. The trained explainer lies in OUTPUT_DIR/final, in Hub
+layout.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from hf_aha import AhaExplainer
+from hf_aha.arguments import parse_yaml_and_command_line
+from hf_aha.data import Photographs, ProcessorCrop, RandomCrop, load_photographs
+from hf_aha.trainer import AhaTrainer
+from hf_aha.training_args import AhaTrainingArguments
+
+
+@dataclass
+class RecipeArguments(AhaTrainingArguments):
+    """Settings of the trainer, and what is trained on what."""
+
+    classifier: str | None = field(default=None, metadata={"help": "Classifier to explain: Hub id or folder."})
+    classifier_revision: str | None = None
+    dataset: str | None = field(default=None, metadata={"help": "Photographs: Hub id or folder."})
+    dataset_config: str | None = None
+    train_split: str = "train"
+    validation_split: str | None = field(default="validation", metadata={"help": "Empty for no validation."})
+    image_column: str | None = None
+    label_column: str | None = None
+    encoder: str | None = field(default=None, metadata={"help": "Separate frozen backbone for the tokens."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa or eager; eager trains faster on CPUs."}
+    )
+    init_from: str | None = field(
+        default=None, metadata={"help": "Explainer of the same classifier whose decoder training goes on."}
+    )
+    taps: list[int] | None = None
+    grid_width: int | None = None
+    grid_depth: int | None = None
+    quarter_width: int | None = None
+    half_width: int | None = None
+    local_files_only: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("classifier", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: give it in the YAML file or as --{name}.")
+
+
+def build_explainer(args: RecipeArguments) -> AhaExplainer:
+    hub = {"local_files_only": args.local_files_only}
+    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    if args.init_from is not None:
+        return AhaExplainer.from_pretrained(
+            args.init_from, classifier=args.classifier, dtype="float32", **attention, **hub
+        )
+    sizes = {name: getattr(args, name) for name in ("grid_width", "grid_depth", "quarter_width", "half_width")}
+    return AhaExplainer.from_classifier(
+        args.classifier,
+        revision=args.classifier_revision,
+        encoder=args.encoder,
+        taps=args.taps,
+        **{name: size for name, size in sizes.items() if size is not None},
+        **attention,
+        **hub,
+    )
+
+
+def build_datasets(args: RecipeArguments, explainer: AhaExplainer) -> tuple[Photographs, Photographs | None]:
+    common = {"config_name": args.dataset_config, "image_column": args.image_column}
+    rows, column = load_photographs(args.dataset, split=args.train_split, **common)
+    config = explainer.config
+    size = (args.image_size, args.image_size) if args.image_size else tuple(config.image_size)
+    crop = RandomCrop(
+        size,
+        tuple(config.image_mean),
+        tuple(config.image_std),
+        scale=tuple(args.crop_scale),
+        resample=Image.Resampling(
+            int(getattr(explainer.image_processor, "resample", None) or Image.Resampling.BICUBIC)
+        ),
+    )
+    train = Photographs(rows, column, crop, args.label_column, seed=args.seed)
+    if not args.validation_split:
+        return train, None
+    rows, column = load_photographs(args.dataset, split=args.validation_split, **common)
+    # Rows of a class often stand together, so a plain prefix would hold one class only.
+    rows = rows.shuffle(seed=args.seed)
+    return train, Photographs(rows, column, ProcessorCrop(explainer.image_processor), args.label_column)
+
+
+def main(argv: list[str] | None = None) -> AhaExplainer:
+    args = parse_yaml_and_command_line(RecipeArguments, sys.argv[1:] if argv is None else argv)
+    explainer = build_explainer(args)
+    train, validation = build_datasets(args, explainer)
+    return AhaTrainer(explainer, args, train, validation).train()
+
+
+if __name__ == "__main__":
+    main()
