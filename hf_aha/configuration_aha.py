@@ -1,6 +1,6 @@
 """`AhaConfig`: everything needed to rebuild an explainer and to find the classifier it explains."""
-
-from __future__ import annotations
+# ruff: noqa: I002
+# `from __future__ import annotations` would turn the types below into strings, and `@strict` checks no string types.
 
 from typing import Any
 
@@ -39,12 +39,9 @@ class AhaConfig(PreTrainedConfig):
         StrictDataclassClassValidationError: the values do not fit together.
 
     Example:
-
-    ```python
-    >>> from hf_aha import AhaConfig
-    >>> AhaConfig(taps=[2, 4]).taps
-    [2, 4]
-    ```
+        >>> from hf_aha import AhaConfig
+        >>> AhaConfig(taps=[2, 4]).taps
+        [2, 4]
     """
 
     model_type = "aha"
@@ -55,8 +52,8 @@ class AhaConfig(PreTrainedConfig):
     base_model_type: str = "vit"
     image_size: list[int] | tuple[int, ...] = (224, 224)
     patch_size: list[int] | tuple[int, ...] = (16, 16)
-    image_mean: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
-    image_std: list[float] | tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_mean: list[float | int] | tuple[float | int, ...] = (0.5, 0.5, 0.5)
+    image_std: list[float | int] | tuple[float | int, ...] = (0.5, 0.5, 0.5)
     token_size: int = 768
     class_vector_size: int = 768
     taps: list[int] | tuple[int, ...] = (3, 6, 9, 12)
@@ -86,6 +83,9 @@ class AhaConfig(PreTrainedConfig):
         for name, length in (("image_size", 2), ("patch_size", 2), ("image_mean", 3), ("image_std", 3)):
             if len(getattr(self, name)) != length:
                 raise ValueError(f"{name} must hold {length} values, but it is {getattr(self, name)}.")
+        for name in ("image_size", "patch_size", "image_std"):
+            if min(getattr(self, name)) <= 0:
+                raise ValueError(f"{name} must hold positive values, but it is {getattr(self, name)}.")
 
 
 __all__ = ["AhaConfig"]

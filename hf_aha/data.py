@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
@@ -38,7 +39,8 @@ def load_photographs(
         the dataset, with the image column as encoded bytes, and the name of that column.
 
     Raises:
-        ValueError: the dataset has no image column, several and none named, no row, or not the named column.
+        ValueError: the dataset has no image column, several and none named, no row, or not the named column, or that
+            column holds no images.
     """
     dataset = datasets.load_dataset(name, config_name, split=split, revision=revision)
     images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
@@ -56,7 +58,12 @@ def load_photographs(
         )
     if len(dataset) == 0:
         raise ValueError(f"The split {split} of the dataset {name} has no row.")
-    return dataset.cast_column(image_column, datasets.Image(decode=False)), image_column
+    try:
+        return dataset.cast_column(image_column, datasets.Image(decode=False)), image_column
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The column {image_column!r} of the dataset {name} holds no images but {dataset.features[image_column]}."
+        ) from error
 
 
 @dataclass
@@ -68,7 +75,8 @@ class RandomCrop:
     Args:
         size: (height, width) of the result.
         mean, std: per-channel normalisation of RGB in [0, 1].
-        scale: range of the crop's share of the image area.
+        scale: range of the crop's share of the image area; the aspect ratio is that of `size` times 3/4 to 4/3, and
+            further from it only where the image is too narrow for such a crop.
         resample: a PIL resampling filter.
     """
 
@@ -83,8 +91,9 @@ class RandomCrop:
         width, height = image.size
         aspect = self.size[1] / self.size[0] * np.exp(generator.uniform(np.log(3 / 4), np.log(4 / 3)))
         area = generator.uniform(*self.scale) * width * height
-        crop_width = min(width, (area * aspect) ** 0.5)
         crop_height = min(height, (area / aspect) ** 0.5)
+        crop_width = min(width, area / crop_height)
+        crop_height = min(height, area / crop_width)
         left = generator.uniform(0, width - crop_width)
         top = generator.uniform(0, height - crop_height)
         box = (left, top, left + crop_width, top + crop_height)
@@ -116,8 +125,11 @@ class Photographs(Dataset):
         dataset: rows with an undecoded image column, as `load_photographs` returns them.
         image_column: its name.
         transform: `RandomCrop` or `ProcessorCrop`.
-        label_column: a column of class indices; rows carry label -1 without it.
+        label_column: a column of class indices; rows carry label -1 without it, or where it is empty.
         seed: seeds the crops; row i of epoch e always gets the same crop.
+
+    Raises:
+        ValueError: there is no such label column, or it does not hold integers.
     """
 
     def __init__(
@@ -128,10 +140,14 @@ class Photographs(Dataset):
         label_column: str | None = None,
         seed: int = 0,
     ):
-        if label_column is not None and label_column not in dataset.column_names:
-            raise ValueError(
-                f"The dataset has no column {label_column!r}; its columns are {', '.join(dataset.column_names)}."
-            )
+        if label_column is not None:
+            if label_column not in dataset.column_names:
+                raise ValueError(
+                    f"The dataset has no column {label_column!r}; its columns are {', '.join(dataset.column_names)}."
+                )
+            kind = getattr(dataset.features[label_column], "dtype", "a structure")
+            if "int" not in kind:
+                raise ValueError(f"The label column {label_column!r} must hold class indices, but it holds {kind}.")
         columns = [image_column] if label_column is None else [image_column, label_column]
         self.dataset = dataset.select_columns(columns)
         self.image_column = image_column
@@ -150,7 +166,8 @@ class Photographs(Dataset):
         except ImageReadError as error:
             return {"index": index, "error": str(error)}
         generator = np.random.default_rng((self.seed, self.epoch, index))
-        label = -1 if self.label_column is None else row[self.label_column]
+        label = None if self.label_column is None else row[self.label_column]
+        label = -1 if label is None else label
         return {"pixel_values": self.transform(image, generator), "index": index, "label": label}
 
 

@@ -45,8 +45,8 @@ class DecoderFeatures:
 
     Attributes:
         grid: (B, grid_width, gh, gw) projected tokens.
-        quarter: (B, quarter_width, ceil(H/4), ceil(W/4)) pixel features.
-        half: (B, half_width, ceil(H/2), ceil(W/2)) pixel features; the padded size is even.
+        quarter: (B, quarter_width, h, w) pixel features, with h = ceil(H/4) and w = ceil(W/4).
+        half: (B, half_width, 2h, 2w) pixel features.
         size: (H, W) of the input.
     """
 
@@ -128,7 +128,7 @@ class AttributionDecoder(nn.Module):
         dtype = self.half_stem.weight.dtype
         if -height % 4 or -width % 4:
             pixel_values = F.pad(pixel_values, (0, -width % 4, 0, -height % 4), mode="replicate")
-        grid = sum(tap(token.to(dtype)) for tap, token in zip(self.taps, tokens)).permute(0, 3, 1, 2)
+        grid = sum(tap(token.to(dtype)) for tap, token in zip(self.taps, tokens, strict=True)).permute(0, 3, 1, 2)
         # Channels last throughout: the tokens arrive in that order, and convolutions on CPUs are faster in it.
         pixels = F.pixel_unshuffle(pixel_values.to(dtype), 2).contiguous(memory_format=torch.channels_last)
         half = F.gelu(self.half_stem(pixels))
@@ -155,9 +155,8 @@ class AttributionDecoder(nn.Module):
             pixel = _convolve_float32(self.pixel_score, half)
             coarse = _convolve_float32(self.grid_score, grid)
             height, width = features.size
-            padded = F.pixel_shuffle(pixel, 2)
-            coarse = _resize(coarse, padded.shape[-2:])
-            return (padded + coarse)[:, 0, :height, :width]
+            pixel = F.pixel_shuffle(pixel, 2)[..., :height, :width]
+            return (pixel + _resize(coarse, features.size))[:, 0]
 
     def forward(
         self, tokens: Sequence[torch.Tensor], pixel_values: torch.Tensor, class_vectors: torch.Tensor

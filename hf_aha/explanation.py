@@ -16,7 +16,8 @@ from .modeling_aha import AhaExplainer
 from .visualization import explanation_sheet, heatmap, overlay
 
 
-@dataclass(frozen=True)
+# Compared by identity: arrays have no single truth value.
+@dataclass(frozen=True, eq=False)
 class Explanation:
     """Why the classifier gave one class to one photograph.
 
@@ -26,8 +27,8 @@ class Explanation:
         label: its name.
         probability: its softmax probability, 0..1.
         predicted_target, predicted_label, predicted_probability: the same of the most probable class.
-        scores: (H, W) float32 in the photograph's own pixels; higher = more important, only the order counts; NaN where
-            the classifier did not look (outside its crop).
+        scores: (H, W) float32 in the photograph's own pixels; higher = more important, only the order counts; NaN
+            where the classifier did not look (outside its crop).
     """
 
     image: Image.Image
@@ -98,8 +99,14 @@ def explain(
 def _explain_batch(
     explainer: AhaExplainer, photographs: list[Image.Image], targets: list[int] | None, top_k: int
 ) -> list[list[Explanation]]:
-    processor = explainer.image_processor
-    pixel_values = processor(photographs, return_tensors="pt")["pixel_values"].to(explainer.device)
+    # One by one: processors that keep the aspect ratio give inputs of several sizes, which no batch can hold.
+    inputs = [explainer.image_processor([image], return_tensors="pt")["pixel_values"] for image in photographs]
+    if len({pixel_values.shape for pixel_values in inputs}) > 1:
+        return [
+            _explain_batch(explainer, [image], None if targets is None else [targets[row]], top_k)[0]
+            for row, image in enumerate(photographs)
+        ]
+    pixel_values = torch.cat(inputs).to(explainer.device)
     if targets is not None:
         output = explainer(pixel_values, torch.tensor(targets, device=explainer.device)[:, None])
     elif top_k == 1:
@@ -140,9 +147,9 @@ def _targets(explainer: AhaExplainer, target: Any, count: int) -> list[int] | No
     """One class index an image, or None for the predicted classes."""
     if target is None:
         return None
-    if isinstance(target, torch.Tensor):
+    if isinstance(target, (torch.Tensor, np.ndarray)):
         target = target.tolist()
-    if isinstance(target, (int, str, np.integer)):
+    if isinstance(target, str) or not isinstance(target, Sequence):
         target = [target] * count
     if len(target) != count:
         raise ValueError(f"target lists {len(target)} classes for {count} images; give one for all, or one an image.")

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import operator
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers import initialization as init
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import ModelOutput, cached_file
@@ -26,13 +24,11 @@ from transformers.utils.hub import extract_commit_hash
 from .classifier_aha import FINGERPRINT_TOLERANCE, FrozenClassifier, fingerprint_distance
 from .configuration_aha import AhaConfig
 from .decoder_aha import AttributionDecoder
-from .encoder_aha import FrozenEncoder
+from .encoder_aha import FrozenEncoder, mean_and_std
 
-
-if TYPE_CHECKING:
-    from hf_aha.explanation import Explanation
 
 CLASSIFIER_SUBFOLDER = "classifier"
+ENCODER_SUBFOLDER = "encoder"
 
 # What a load of the explainer passes on to the load of its classifier. `revision` is absent on purpose: the
 # explainer's commit says nothing about the classifier's, which the config pins by itself.
@@ -50,8 +46,9 @@ class AhaOutput(ModelOutput):
 
     Args:
         scores (`torch.FloatTensor` of shape `(batch, height, width)` or `(batch, classes, height, width)`):
-            importance of every pixel for `target`, float32, unbounded; higher is more important; only the order counts.
-        logits (`torch.FloatTensor` of shape `(batch, num_labels)`): the classifier's own logits, from the same forward.
+            importance of every pixel for `target`, float32, unbounded; higher is more important; only the order
+            counts.
+        logits (`torch.FloatTensor` of shape `(batch, num_labels)`): the classifier's own, from the same forward.
         target (`torch.LongTensor` of shape `(batch,)` or `(batch, classes)`): the classes explained.
     """
 
@@ -64,14 +61,12 @@ class AhaExplainer(PreTrainedModel):
     """Explains an image classifier of the Hub with one dense score map in one forward pass.
 
     Example:
-
-    ```python
-    >>> from hf_aha import AhaExplainer
-    >>> explainer = AhaExplainer.from_pretrained("imagenette-demo")  # bundled, needs no network
-    >>> explanation = explainer.explain("photo.jpg")
-    >>> explanation.label, explanation.scores.shape
-    >>> explanation.overlay().save("overlay.png")
-    ```
+        >>> from hf_aha import AhaExplainer
+        >>> explainer = AhaExplainer.from_pretrained("imagenette-demo")  # doctest: +SKIP
+        >>> explanation = explainer.explain("photo.jpg")  # doctest: +SKIP
+        >>> explanation.label, explanation.scores.shape  # doctest: +SKIP
+        ('tench', (480, 640))
+        >>> explanation.overlay().save("overlay.png")  # doctest: +SKIP
 
     Reference: "Learn to Rank: Visual Attribution by Learning Importance Ranking" (https://arxiv.org/abs/2604.05819).
     """
@@ -128,17 +123,19 @@ class AhaExplainer(PreTrainedModel):
         """Build an untrained explainer for a classifier; every shape is derived from the classifier.
 
         Args:
-            classifier: a loaded image classifier, a Hub id, or a folder. A loaded one is frozen and set to eval mode, but
-                never moved or cast.
+            classifier: a loaded image classifier, a Hub id, or a folder. A loaded one is frozen and set to eval mode,
+                but never moved or cast.
             image_processor: the classifier's; loaded from the same place when left out.
-            encoder: a separate frozen backbone for the tokens (the paper's choice); the classifier's own when left out.
+            encoder: a separate frozen backbone for the tokens (the paper's choice); the classifier itself when left
+                out.
             taps: layers to read, from 1; a quarter, half, three quarters and all of them when left out.
             revision, token, cache_dir, local_files_only: as in transformers, for the classifier given by id.
-            dtype, attn_implementation: of the classifier given by id.
+            dtype, attn_implementation: of the classifier given by id, and of the encoder.
             **decoder_sizes: `grid_width`, `grid_depth`, `quarter_width`, `half_width` of [`AhaConfig`].
 
         Raises:
             UnsupportedClassifierError: the model is no classifier of a supported family.
+            ValueError: the classifier was built in memory and no image processor is given; a tap does not exist.
             TypeError: unknown name among the decoder's sizes.
         """
         unknown = set(decoder_sizes) - {"grid_width", "grid_depth", "quarter_width", "half_width"}
@@ -160,9 +157,11 @@ class AhaExplainer(PreTrainedModel):
             image_processor = AutoImageProcessor.from_pretrained(source, revision=revision or "main", **hub)
         frozen_encoder = None
         if encoder is not None:
-            frozen_encoder = FrozenEncoder.from_pretrained(encoder, dtype=dtype, **hub)
-        tokens_of = frozen_encoder or frozen
-        mean, std = _mean_and_std(image_processor)
+            frozen_encoder = FrozenEncoder.from_pretrained(
+                encoder, dtype=dtype, attn_implementation=attn_implementation, **hub
+            )
+        tokens_of = frozen if frozen_encoder is None else frozen_encoder
+        mean, std = mean_and_std(image_processor)
         config = AhaConfig(
             base_model_name_or_path=source,
             base_model_revision=_commit_of(source, revision, cache_dir),
@@ -204,24 +203,33 @@ class AhaExplainer(PreTrainedModel):
             load_classifier: with `False` only the decoder is loaded; call `attach` before use.
             allow_classifier_mismatch: warn instead of raise when the classifier behaves differently from the one the
                 explainer was trained for.
-            **kwargs: as for every transformers model. `token`, `cache_dir`, `local_files_only`, `force_download`, `dtype`,
-                `device_map` and `attn_implementation` reach the classifier too; `revision` is the explainer's alone.
+            **kwargs: as for every transformers model. `token`, `cache_dir`, `local_files_only`, `force_download`,
+                `dtype`, `device_map` and `attn_implementation` reach the classifier too; `revision` is the explainer's
+                alone.
 
         Raises:
             ClassifierMismatchError: the classifier is not the one the explainer was trained for.
-            OSError: something is not found, as in transformers.
+            OSError: something is not found, as in transformers; weights of the decoder are missing or no safetensors.
         """
         name = _bundled_path(pretrained_model_name_or_path)
         attention = kwargs.pop("attn_implementation", None)
-        loaded = super().from_pretrained(name, *model_args, **kwargs)
-        explainer, *info = loaded if isinstance(loaded, tuple) else (loaded,)
+        with_info = kwargs.pop("output_loading_info", False)
+        # Pickled weights are refused, and so are missing ones: transformers would fill them in at random.
+        explainer, info = super().from_pretrained(
+            name, *model_args, **{"use_safetensors": True, **kwargs, "output_loading_info": True}
+        )
+        if info["missing_keys"]:
+            raise OSError(
+                f"The explainer {name} lacks {len(info['missing_keys'])} of its decoder's weights "
+                f"({min(info['missing_keys'])}, ...): its files are damaged, or do not belong to its config."
+            )
         if load_classifier:
             hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
             model_arguments = {key: kwargs[key] for key in _MODEL_ARGUMENTS if key in kwargs}
             if attention is not None:
                 model_arguments["attn_implementation"] = attention
             explainer._load_frozen(name, classifier, kwargs, hub, model_arguments, allow_classifier_mismatch)
-        return (explainer, *info) if info else explainer
+        return (explainer, info) if with_info else explainer
 
     def _load_frozen(
         self,
@@ -233,10 +241,13 @@ class AhaExplainer(PreTrainedModel):
         allow_mismatch: bool,
     ) -> None:
         own = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
+
+        def beside(folder: str) -> dict[str, str]:
+            return {**own, "subfolder": "/".join(filter(None, (own.get("subfolder", ""), folder)))}
+
         included = self.config.includes_classifier
         if classifier is None and included:
-            subfolder = "/".join(filter(None, (own.pop("subfolder", ""), CLASSIFIER_SUBFOLDER)))
-            source, place = name, {**own, "subfolder": subfolder}
+            source, place = name, beside(CLASSIFIER_SUBFOLDER)
         else:
             source = self.config.base_model_name_or_path if classifier is None else classifier
             revision = self.config.base_model_revision if classifier is None else None
@@ -257,12 +268,11 @@ class AhaExplainer(PreTrainedModel):
         encoder = None
         if self.config.encoder_name_or_path is not None:
             place = {"revision": self.config.encoder_revision} if self.config.encoder_revision else {}
-            encoder = FrozenEncoder.from_pretrained(
-                self.config.encoder_name_or_path, **place, **hub, **model_arguments
-            )
-        processor = AutoImageProcessor.from_pretrained(
-            name, **hub, **{key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
-        )
+            encoder_name = self.config.encoder_name_or_path
+            if included:
+                encoder_name, place = name, beside(ENCODER_SUBFOLDER)
+            encoder = FrozenEncoder.from_pretrained(encoder_name, **place, **hub, **model_arguments)
+        processor = AutoImageProcessor.from_pretrained(name, **own, **hub)
         self.attach(source, encoder=encoder, image_processor=processor, allow_mismatch=allow_mismatch)
 
     def attach(
@@ -274,7 +284,7 @@ class AhaExplainer(PreTrainedModel):
         check_fingerprint: bool = True,
         allow_mismatch: bool = False,
     ) -> AhaExplainer:
-        """Set the classifier to explain. It is frozen and put in eval mode; it is never moved, cast or saved by default.
+        """Set the classifier to explain: it is frozen and put in eval mode, but never moved, cast or saved by default.
 
         Args:
             classifier: the classifier the explainer was trained for.
@@ -284,7 +294,8 @@ class AhaExplainer(PreTrainedModel):
             allow_mismatch: warn instead of raise when it differs.
 
         Raises:
-            ClassifierMismatchError: its sizes, labels or behaviour are not those of the config.
+            ClassifierMismatchError: its sizes, number of classes or behaviour are not those of the config, or the
+                encoder is not.
         """
         frozen = classifier if isinstance(classifier, FrozenClassifier) else FrozenClassifier(classifier)
         config = self.config
@@ -293,15 +304,22 @@ class AhaExplainer(PreTrainedModel):
             "patch_size": list(frozen.patch_size),
             "num_labels": frozen.num_labels,
         }
-        if encoder is None:
-            facts["token_size"] = frozen.hidden_size
-            if max(config.taps) > frozen.num_layers:
-                raise ClassifierMismatchError(
-                    f"The explainer reads layer {max(config.taps)}, but the classifier has {frozen.num_layers} layers."
-                )
-        elif encoder.hidden_size != config.token_size:
+        if (encoder is None) != (config.encoder_name_or_path is None):
             raise ClassifierMismatchError(
-                f"The explainer reads tokens of width {config.token_size}, but the encoder's are {encoder.hidden_size}."
+                f"The explainer reads tokens of the encoder {config.encoder_name_or_path}: give it with "
+                "encoder=FrozenEncoder.from_pretrained(...)."
+                if encoder is None
+                else "The explainer reads the classifier's own tokens: attach it without encoder=..."
+            )
+        name, tokens_of = ("classifier", frozen) if encoder is None else ("encoder", encoder)
+        if max(config.taps) > tokens_of.num_layers:
+            raise ClassifierMismatchError(
+                f"The explainer reads layer {max(config.taps)}, but the {name} has {tokens_of.num_layers} layers."
+            )
+        if tokens_of.hidden_size != config.token_size:
+            raise ClassifierMismatchError(
+                f"The explainer reads tokens of width {config.token_size}, but the {name}'s are "
+                f"{tokens_of.hidden_size} wide."
             )
         for fact, value in facts.items():
             if value != getattr(config, fact):
@@ -339,18 +357,22 @@ class AhaExplainer(PreTrainedModel):
 
         Args:
             save_directory: a folder, made when missing.
-            include_classifier: also save the classifier's weights, under `classifier/`, for machines without network.
+            include_classifier: also save the classifier's weights, under `classifier/`, for machines without network;
+                those of a separate encoder too, under `encoder/`.
             *args, **kwargs: as in transformers.
         """
         if include_classifier:
             self._require_classifier().model.save_pretrained(Path(save_directory) / CLASSIFIER_SUBFOLDER)
+            if self.encoder is not None:
+                self.encoder.save_pretrained(Path(save_directory) / ENCODER_SUBFOLDER)
+        # Before the rest, which may go on to upload the folder.
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(save_directory)
         previous, self.config.includes_classifier = self.config.includes_classifier, include_classifier
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.includes_classifier = previous
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(save_directory)
 
     def train(self, mode: bool = True) -> AhaExplainer:
         """Set the decoder's mode; the classifier and the encoder stay in eval mode."""
@@ -372,7 +394,8 @@ class AhaExplainer(PreTrainedModel):
 
         Args:
             pixel_values: (B, 3, H, W) pixels as the classifier's image processor makes them.
-            target: class index for all images, (B,) one an image, or (B, M) several; the predicted class when left out.
+            target: class index for all images, (B,) one an image, or (B, M) several; the predicted class when left
+                out.
             return_dict: `False` returns the tuple (scores, logits, target).
 
         Returns:
@@ -390,8 +413,14 @@ class AhaExplainer(PreTrainedModel):
         return (output.scores, output.logits, output.target) if return_dict is False else output
 
     def explain_top(self, pixel_values: torch.Tensor, k: int) -> AhaOutput:
-        """Score every pixel for the `k` most probable classes: scores (B, k, H, W), target (B, k), still one forward."""
+        """Score every pixel for the `k` most probable classes: scores (B, k, H, W), target (B, k), still one forward.
+
+        Raises:
+            ValueError: as in `forward`, or `k` is not in 1 .. `num_labels`.
+        """
         self._require_classifier()
+        if not 1 <= k <= self.config.num_labels:
+            raise ValueError(f"k must lie in 1..{self.config.num_labels}, the number of classes, but it is {k}.")
         _check_finite(pixel_values)
         tokens, logits = self.features(pixel_values)
         return self._explain_features(tokens, logits, pixel_values, logits.topk(k, dim=-1).indices)
@@ -406,7 +435,7 @@ class AhaExplainer(PreTrainedModel):
         return AhaOutput(scores=scores.unflatten(0, target.shape), logits=logits, target=target)
 
     def features(self, pixel_values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """What the frozen parts give: the tapped tokens, one (B, gh, gw, D) a layer, and the logits (B, num_labels)."""
+        """What the frozen parts give: the tapped tokens, one (B, gh, gw, D) a layer, and logits (B, num_labels)."""
         classifier = self._require_classifier()
         if self.encoder is None:
             features = classifier(pixel_values, layers=self.config.taps)
@@ -421,7 +450,7 @@ class AhaExplainer(PreTrainedModel):
         *,
         top_k: int = 1,
         batch_size: int = 8,
-    ) -> Explanation | list[Any]:
+    ) -> Any:
         """Explain photographs as they are: read, processed, scored, and mapped back to their own pixels.
 
         Args:
@@ -432,6 +461,7 @@ class AhaExplainer(PreTrainedModel):
 
         Returns:
             an [`Explanation`] for one image, a list of them for a list; with `top_k` > 1 a list of them an image.
+            (`Any` in the signature, because this file must not import the package.)
 
         Raises:
             ImageReadError: an image cannot be read.
@@ -449,30 +479,49 @@ class AhaExplainer(PreTrainedModel):
         Raises:
             ValueError: no such class; near labels are suggested.
         """
-        labels = self.config.id2label
         if isinstance(target, str):
-            wanted = target.strip().casefold()
-            # ImageNet labels list synonyms ("tench, Tinca tinca"): each of them names the class.
-            names = {}
-            for index, label in labels.items():
-                for name in (label, *label.split(",")):
-                    names.setdefault(name.strip().casefold(), int(index))
-            if wanted in names:
-                return names[wanted]
-            if not wanted.lstrip("-").isdigit():
-                near = difflib.get_close_matches(wanted, names, n=3)
-                hint = (
-                    f"did you mean {' or '.join(repr(labels[names[name]]) for name in near)}?"
-                    if near
-                    else (f"its labels are {', '.join(list(labels.values())[:5])}, ...")
-                )
-                raise ValueError(f"The classifier has no label {target!r}; {hint}")
-            target = int(wanted)
-        if not 0 <= int(target) < self.config.num_labels:
+            return self._class_index_of(target)
+        if isinstance(target, bool):
+            raise ValueError(f"A class is given by its index or label, not by {target}.")
+        try:
+            index = operator.index(target)
+        except TypeError as error:
+            raise ValueError(f"A class is given by its index or label, not by {target!r}.") from error
+        if not 0 <= index < self.config.num_labels:
             raise ValueError(
-                f"The class index {target} is out of range: the classifier has the classes 0..{self.config.num_labels - 1}."
+                f"The class index {index} is out of range: "
+                f"the classifier has the classes 0..{self.config.num_labels - 1}."
             )
-        return int(target)
+        return index
+
+    def _class_index_of(self, label: str) -> int:
+        labels = self.config.id2label
+        wanted = label.strip().casefold()
+        # ImageNet labels list synonyms ("tench, Tinca tinca"): each of them names the class, after the whole labels.
+        whole: dict[str, list[int]] = {}
+        synonyms: dict[str, list[int]] = {}
+        for index, text in labels.items():
+            whole.setdefault(text.strip().casefold(), []).append(int(index))
+            for synonym in dict.fromkeys(part.strip().casefold() for part in text.split(",")):
+                synonyms.setdefault(synonym, []).append(int(index))
+        found = whole.get(wanted) or synonyms.get(wanted) or []
+        if len(found) > 1:
+            raise ValueError(
+                f"The label {label!r} names {len(found)} classes of the classifier: give one of the indices "
+                f"{', '.join(map(str, found))}."
+            )
+        if found:
+            return found[0]
+        if re.fullmatch(r"-?[0-9]+", wanted):
+            return self.class_index(int(wanted))
+        names = {name: indices[0] for name, indices in (synonyms | whole).items()}
+        near = difflib.get_close_matches(wanted, names, n=3)
+        if near:
+            suggestions = dict.fromkeys(repr(labels[names[name]]) for name in near)
+            hint = f"did you mean {' or '.join(suggestions)}?"
+        else:
+            hint = f"its labels are {', '.join(list(labels.values())[:5])}{', ...' if len(labels) > 5 else '.'}"
+        raise ValueError(f"The classifier has no label {label!r}; {hint}")
 
     def _check_target(self, target: torch.Tensor | int, pixel_values: torch.Tensor) -> torch.Tensor:
         batch, device = len(pixel_values), pixel_values.device
@@ -485,7 +534,8 @@ class AhaExplainer(PreTrainedModel):
             target = target.expand(batch)
         if target.ndim > 2 or len(target) != batch:
             raise ValueError(
-                f"target has shape {tuple(target.shape)} for {batch} images; give one class, ({batch},) or ({batch}, M)."
+                f"target has shape {tuple(target.shape)} for {batch} images; "
+                f"give one class, ({batch},) or ({batch}, M)."
             )
         if not torch.compiler.is_compiling():
             wrong = target[(target < 0) | (target >= self.config.num_labels)]
@@ -516,16 +566,12 @@ def _default_taps(num_layers: int) -> list[int]:
     return sorted({max(1, round(num_layers * share)) for share in (0.25, 0.5, 0.75, 1.0)})
 
 
-def _mean_and_std(processor: BaseImageProcessor) -> tuple[list[float], list[float]]:
-    if not getattr(processor, "do_normalize", True):
-        return [0.0] * 3, [1.0] * 3
-    mean, std = list(processor.image_mean), list(processor.image_std)
-    return [float(value) for value in mean], [float(value) for value in std]
-
-
 def _input_size(processor: BaseImageProcessor) -> tuple[int, int] | None:
-    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    if size is None:
+    if getattr(processor, "do_center_crop", False):
+        size = processor.crop_size
+    elif getattr(processor, "do_resize", False):
+        size = processor.size
+    else:
         return None
     height, width = (
         getattr(size, key, None) if not isinstance(size, dict) else size.get(key) for key in ("height", "width")
@@ -556,5 +602,9 @@ def _bundled_path(name: str | os.PathLike[str]) -> str:
             return str(bundled)
     return str(name)
 
+
+# `exist_ok`, because this file may be loaded a second time, as custom code of a Hub repository.
+AutoConfig.register("aha", AhaConfig, exist_ok=True)
+AutoModel.register(AhaConfig, AhaExplainer, exist_ok=True)
 
 __all__ = ["AhaExplainer", "AhaOutput", "ClassifierMismatchError"]

@@ -1,4 +1,4 @@
-"""The training and refinement objective: what deletion and insertion measure, made differentiable by a soft ranking."""
+"""The training and refinement objective: what deletion and insertion measure, made differentiable by soft ranking."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from .perturbation import (
+    REFERENCES,
     Normalization,
     deletion_images,
     gaussian_blur,
@@ -17,7 +18,7 @@ from .perturbation import (
     random_references,
     spread_cells,
 )
-from .ranking import make_ranker
+from .ranking import RANKERS, make_ranker
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class FaithfulnessObjective:
         mask_smoothing: sigma in pixels of a Gaussian on the masks; 0 for none.
         peak_weight: weight of the peak penalty.
         score: `"probability"` (softmax) or `"log_odds"` of the class.
+
+    Raises:
+        ValueError: a value is unknown or out of its range.
 
     Example:
         >>> FaithfulnessObjective.preset("paper").num_bins
@@ -109,6 +113,16 @@ class FaithfulnessObjective:
     def __post_init__(self):
         if self.score not in ("probability", "log_odds"):
             raise ValueError(f"score must be 'probability' or 'log_odds', but it is {self.score!r}.")
+        if self.ranker not in RANKERS:
+            raise ValueError(f"ranker must be one of {', '.join(sorted(RANKERS))}, but it is {self.ranker!r}.")
+        unknown = [kind for kind in self.references if kind not in REFERENCES]
+        if unknown or not self.references:
+            raise ValueError(f"references must be some of {', '.join(REFERENCES)}, but they are {self.references}.")
+        if len(self.grid_range) != 2 or not 1 <= self.grid_range[0] <= self.grid_range[1]:
+            raise ValueError(f"grid_range must be two rising numbers from 1 on, but it is {self.grid_range}.")
+        for name in ("noise", "blur_sigma", "mask_smoothing", "peak_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}.")
         if self.num_bins < 2:
             raise ValueError(f"num_bins must be at least 2, but it is {self.num_bins}.")
         if not 0 <= self.curve_points < self.num_bins:

@@ -6,6 +6,7 @@ image to its share on its own, and are differentiated by the implicit function t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -99,8 +100,8 @@ def _transport_plan(
 
     plan = scores.new_empty(batch, num_bins, n)
 
-    def sweep_in(dtype: torch.dtype) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        rates = slopes.to(dtype)[:, None]
+    def sweep_in(dtype: torch.dtype, sharpness: float = 1.0) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        rates = (slopes * sharpness).to(dtype)[:, None]
 
         def sweep(index: Tensor, potentials: Tensor) -> tuple[Tensor, Tensor]:
             everything = len(index) == batch
@@ -111,7 +112,7 @@ def _transport_plan(
                 pixels = (scores[:, tile] if everything else scores[index, tile]).to(dtype)[:, None, :]
                 logits = torch.addcmul(shift, rates, pixels)
                 if noise is not None:
-                    logits += noise[:, :, tile] if everything else noise[index, :, tile]
+                    logits.add_(noise[:, :, tile] if everything else noise[index, :, tile], alpha=sharpness)
                 part = torch.softmax(logits, dim=1)
                 mass += part.sum(dim=2)
                 gram += torch.bmm(part, part.transpose(1, 2))
@@ -126,17 +127,26 @@ def _transport_plan(
     tolerance = _TOLERANCE[scores.dtype]
     potentials, laplacian, error = _newton(sweep_in(scores.dtype), potentials, target, tolerance, _MAX_SWEEPS)
     stuck = (error > _ACCEPTED_ERROR).nonzero()[:, 0]
-    if len(stuck) and scores.dtype != torch.float64:
-        # Sharp logits of several thousand are too coarse in float32: only the images concerned are swept in float64.
-        inner = sweep_in(torch.float64)
-        _, exact, remaining = _newton(
-            lambda index, g: inner(stuck[index], g), potentials[stuck], target, tolerance, 3 * _MAX_SWEEPS
-        )
-        laplacian[stuck], error[stuck] = exact, remaining
+    if len(stuck):
+        # Two rare causes, both of very sharp logits: float32 is too coarse for them, or noise has moved the solution
+        # far from the hard quantiles. In float64, the logits of the images concerned are sharpened step by step.
+        halvings = 0 if noise is None else max(0, math.ceil(math.log2(float(noise.abs().amax()) / 8)))
+        found = start[stuck] if noise is not None else potentials[stuck]
+        found = found / 2**halvings
+        for remaining in range(halvings, -1, -1):
+            sharpened = sweep_in(torch.float64, 0.5**remaining)
+            found, laplacian[stuck], error[stuck] = _newton(
+                lambda index, g, sweep=sharpened: sweep(stuck[index], g),
+                found,
+                target,
+                1e-2 if remaining else tolerance,
+                _MAX_SWEEPS if remaining else 3 * _MAX_SWEEPS,
+            )
+            found = 2 * found
     if bool((error > _ACCEPTED_ERROR).any()):
         raise RuntimeError(
             f"The bins of image {int(error.argmax())} miss their mass by {float(error.max()):.1e} at tau = {tau}; "
-            "raise tau or remove extreme outliers from the scores."
+            "raise tau or lower the noise."
         )
     return plan, laplacian
 
@@ -256,9 +266,11 @@ def _quantile_offsets(
 ) -> tuple[Tensor, Tensor]:
     """Centres ``(B, S)`` (hard quantiles) and offsets ``(B, S)`` float64 with ``q = center + tau * offset``."""
     nodes, weights = _nodes(sorted_scores)
-    centers = _edges(sorted_scores, steps, num_bins)
     # The last step needs no quantile (its mask is all ones); solving the step before it instead keeps shapes regular.
-    share = steps.clamp(max=max(num_bins - 1, 1)).double() / max(num_bins, 2)
+    bins = max(num_bins, 2)
+    inner = steps.clamp(max=bins - 1)
+    centers = _edges(sorted_scores, inner, bins)
+    share = inner.double() / bins
     odds = torch.logit(share)
     ends = sorted_scores.double()[:, [-1, 0]]
     low, high = ((end[:, None] - centers.double()) / tau - odds for end in (ends[:, 0], ends[:, 1]))
@@ -277,14 +289,11 @@ def _quantile_offsets(
         return mean / scores.shape[1], slope / scores.shape[1]
 
     offsets, _ = _bracketed_newton(
-        sweep_nodes, torch.zeros_like(share), low, high, share, 1 / num_bins, _TOLERANCE[torch.float64]
+        sweep_nodes, torch.zeros_like(share), low, high, share, 1 / bins, _TOLERANCE[torch.float64]
     )
-    offsets, error = _bracketed_newton(sweep, offsets, low, high, share, 1 / num_bins, _TOLERANCE[scores.dtype])
+    offsets, error = _bracketed_newton(sweep, offsets, low, high, share, 1 / bins, _TOLERANCE[scores.dtype])
     if bool((error > _ACCEPTED_ERROR).any()):
-        raise RuntimeError(
-            f"A mask misses its share by {float(error.max()):.1e} at tau = {tau}; "
-            "raise tau or remove extreme outliers from the scores."
-        )
+        raise RuntimeError(f"A mask misses its share by {float(error.max()):.1e} of a bin at tau = {tau}; raise tau.")
     return centers, offsets
 
 

@@ -6,13 +6,14 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -44,6 +45,9 @@ class AhaTrainer:
         train_dataset: rows with training crops.
         eval_dataset: rows as the image processor makes them; no validation without it.
 
+    Raises:
+        ValueError: the labels are to be explained, but the training dataset has no label column.
+
     Example:
 
     ```python
@@ -59,11 +63,18 @@ class AhaTrainer:
         train_dataset: Photographs,
         eval_dataset: Photographs | None = None,
     ):
+        if args.target_classes == "label" and train_dataset.label_column is None:
+            raise ValueError("target_classes is 'label', but the training dataset has no label column; name one.")
         self.args = args
         self.output = Path(args.output_dir)
         self.accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            # Every optimiser step takes the same number of batches, also across the end of an epoch.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
             mixed_precision=args.mixed_precision,
+            # The order of the rows then depends on the seed and the epoch alone, so that a resumed run sees it again.
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
             project_config=ProjectConfiguration(project_dir=str(self.output)),
         )
         set_seed(args.seed)
@@ -75,6 +86,8 @@ class AhaTrainer:
         # Every process draws its own references, grids and points.
         self.generator = torch.Generator().manual_seed(args.seed + 1000 * self.accelerator.process_index)
         self.step = 0
+        self.batches = 0  # taken from the loader, also those without a readable row
+        self.images = 0
         self.errors: list[tuple[int, str]] = []
 
         loader = DataLoader(
@@ -84,7 +97,6 @@ class AhaTrainer:
             drop_last=len(train_dataset) >= args.per_device_batch_size,
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
-            generator=torch.Generator().manual_seed(args.seed),
         )
         decay = [p for p in explainer.decoder.parameters() if p.ndim > 1]
         no_decay = [p for p in explainer.decoder.parameters() if p.ndim <= 1]
@@ -105,27 +117,36 @@ class AhaTrainer:
 
     # Accelerate checkpoints this object beside the decoder and the optimiser.
     def state_dict(self) -> dict[str, object]:
-        """Step and random state, for checkpoints."""
-        return {"step": self.step, "generator": self.generator.get_state()}
+        """Where the run stands, for checkpoints."""
+        return {
+            "step": self.step,
+            "batches": self.batches,
+            "images": self.images,
+            "errors": self.errors,
+            "generator": self.generator.get_state(),
+        }
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Restore what `state_dict` gave."""
-        self.step = state["step"]
+        self.step, self.batches, self.images = state["step"], state["batches"], state["images"]
+        self.errors = list(state["errors"])
         self.generator.set_state(state["generator"])
 
     def train(self) -> AhaExplainer:
         """Train to `max_steps`, and return the explainer with its final (averaged) weights.
 
         Raises:
-            UnreadableDataError: more than `max_unreadable` rows could not be read.
-            FloatingPointError: the loss is not finite.
+            UnreadableDataError: more than `max_unreadable` rows could not be read, or no row of a dataset.
+            FloatingPointError: the scores or the loss are not finite.
+            FileNotFoundError: the checkpoint to resume from does not exist.
+            FileExistsError: the run folder holds checkpoints, and none is to be resumed.
+            ValueError: the checkpoint already stands at `max_steps`.
         """
-        args, main = self.args, self.accelerator.is_main_process
-        if main:
-            self.output.mkdir(parents=True, exist_ok=True)
-            settings = json.dumps(dataclasses.asdict(args), indent=2)
-            (self.output / "arguments.json").write_text(settings + "\n")
+        args = self.args
         self._resume()
+        if self.accelerator.is_main_process:
+            self._start_files()
+        self.accelerator.wait_for_everyone()
         progress = tqdm(
             total=args.max_steps, initial=self.step, disable=not self.accelerator.is_local_main_process, mininterval=5
         )
@@ -137,6 +158,7 @@ class AhaTrainer:
                 output = self.training_step(batch.pixel_values, batch.labels)
                 recent.append(output)
                 images += len(batch.pixel_values)
+                self.images += len(batch.pixel_values)
             if not self.accelerator.sync_gradients:
                 continue
             self.step += 1
@@ -148,6 +170,7 @@ class AhaTrainer:
                 recent, images, started = [], 0, time.perf_counter()
             if self.eval_dataset is not None and (self.step % args.eval_steps == 0 or self.step == args.max_steps):
                 self._log({"step": self.step, **self.evaluate()})
+                self.decoder.train()
                 images, started = 0, time.perf_counter()
             if self.step % args.save_steps == 0 and self.step < args.max_steps:
                 self._save_checkpoint()
@@ -165,6 +188,7 @@ class AhaTrainer:
             tokens, logits = self.explainer.features(pixel_values)
         target = self._training_target(logits.float(), labels.to(device))
         scores = self.decoder(tokens, pixel_values, self.classifier.class_vectors(target))
+        self._check_finite("scores", scores)
         output = self.objective(
             scores.float(),
             pixel_values,
@@ -174,10 +198,7 @@ class AhaTrainer:
             tau=self.args.tau(self.step),
             generator=self.generator,
         )
-        if not torch.isfinite(output.loss):
-            raise FloatingPointError(
-                f"The loss is {output.loss.item()} at step {self.step}; lower the learning rate or raise tau_end."
-            )
+        self._check_finite("loss", output.loss)
         self.accelerator.backward(output.loss)
         if self.accelerator.sync_gradients:
             self.accelerator.clip_grad_norm_(self.decoder.parameters(), self.args.max_grad_norm)
@@ -189,17 +210,31 @@ class AhaTrainer:
                 self.average.update_parameters(self.explainer.decoder)
         return output
 
+    def _check_finite(self, name: str, values: torch.Tensor) -> None:
+        if not torch.isfinite(values).all():
+            raise FloatingPointError(
+                f"NaN or infinity in the {name} at step {self.step}; lower the learning rate or raise tau_end."
+            )
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Hard deletion and insertion areas on the first `eval_images` validation rows, at pixels and patch cells.
 
         Every process measures its own rows; the means are over all of them. The averaged weights are measured when
         there are any.
+
+        Raises:
+            UnreadableDataError: none of these rows could be read.
         """
         decoder = self._final_decoder().eval()
         rows = list(range(min(self.args.eval_images, len(self.eval_dataset))))
         rows = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        sums: dict[str, float] = {}
+        sums = {
+            f"validation/{kind}{suffix}/{name}": 0.0
+            for kind in self.args.eval_references
+            for suffix in ("", "/cells")
+            for name in ("deletion", "insertion")
+        }
         count = 0
         for start in range(0, len(rows), 8):
             batch = collate([self.eval_dataset[row] for row in rows[start : start + 8]])
@@ -220,13 +255,14 @@ class AhaTrainer:
                         self._logits_of, pixel_values, reference, scores, target, fractions=_ELEVEN, cells=cells
                     )
                     for name, area in (("deletion", curves.deletion_auc), ("insertion", curves.insertion_auc)):
-                        key = f"validation/{kind}{suffix}/{name}"
-                        sums[key] = sums.get(key, 0.0) + float(area.sum())
+                        sums[f"validation/{kind}{suffix}/{name}"] += float(area.sum())
             count += len(pixel_values)
         names = sorted(sums)
         totals = torch.tensor([count, *(sums[name] for name in names)], device=self.accelerator.device)
         totals = self.accelerator.reduce(totals, "sum").tolist()
-        return {name: round(total / max(totals[0], 1), 4) for name, total in zip(names, totals[1:])}
+        if totals[0] == 0:
+            raise UnreadableDataError("No row of the validation dataset could be read.")
+        return {name: round(total / totals[0], 4) for name, total in zip(names, totals[1:], strict=True)}
 
     def _logits_of(self, pixel_values: torch.Tensor) -> torch.Tensor:
         with self.accelerator.autocast():
@@ -242,20 +278,19 @@ class AhaTrainer:
     def _batches(self) -> Iterator[Batch]:
         """Batches without end, from where the run stands; unreadable rows are noted and left out."""
         per_epoch = len(self.loader)
-        done = self.step * self.args.gradient_accumulation_steps
-        epoch, skip = divmod(done, per_epoch)
+        epoch, skip = divmod(self.batches, per_epoch)
         while True:
             self.train_dataset.epoch = epoch
+            self.loader.set_epoch(epoch)
             loader = self.accelerator.skip_first_batches(self.loader, skip) if skip else self.loader
-            if hasattr(loader, "set_epoch"):
-                loader.set_epoch(epoch)
-            readable = 0
+            readable = skip > 0
             for batch in loader:
+                self.batches += 1
                 self._note_errors(batch)
                 if batch.pixel_values is not None:
-                    readable += 1
+                    readable = True
                     yield batch
-            if not readable and not skip:
+            if not readable:
                 raise UnreadableDataError("No row of the training dataset could be read.")
             epoch, skip = epoch + 1, 0
 
@@ -265,14 +300,18 @@ class AhaTrainer:
         known = {row for row, _ in self.errors}
         fresh = [error for error in batch.errors if error[0] not in known]
         self.errors += fresh
-        with open(self.output / "unreadable.jsonl", "a") as file:
-            file.writelines(json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in fresh)
+        self._write_errors(fresh)
         if len(self.errors) > self.args.max_unreadable:
             row, reason = self.errors[-1]
             raise UnreadableDataError(
                 f"{len(self.errors)} rows of the training dataset could not be read, more than max_unreadable="
                 f"{self.args.max_unreadable}; the last was row {row}: {reason}"
             )
+
+    def _write_errors(self, errors: list[tuple[int, str]]) -> None:
+        if errors:
+            with open(self.output / "unreadable.jsonl", "a") as file:
+                file.writelines(json.dumps({"row": row, "reason": reason}) + "\n" for row, reason in errors)
 
     def _final_decoder(self) -> torch.nn.Module:
         return self.explainer.decoder if self.average is None else self.average.module
@@ -298,43 +337,66 @@ class AhaTrainer:
                 file.write(json.dumps(entry) + "\n")
 
     def _save_checkpoint(self) -> None:
-        self.accelerator.save_state(str(self.output / f"checkpoint-{self.step}"))
+        # Under another name until it is complete: a run killed here must not leave half a checkpoint to resume from.
+        partial, folder = self.output / "partial-checkpoint", self.output / f"checkpoint-{self.step}"
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            if folder.exists():
+                shutil.rmtree(folder)
+            partial.rename(folder)
             for old in _checkpoints(self.output)[: -self.args.save_total_limit]:
-                for path in sorted(old.rglob("*"), reverse=True):
-                    path.unlink() if path.is_file() else path.rmdir()
-                old.rmdir()
+                shutil.rmtree(old)
 
     def _resume(self) -> None:
-        wanted = self.args.resume_from_checkpoint
-        if wanted is None:
-            if self.accelerator.is_main_process:
-                (self.output / "log.jsonl").unlink(missing_ok=True)
-            return
-        found = _checkpoints(self.output)
-        if wanted == "auto" and not found:
+        wanted, found = self.args.resume_from_checkpoint, _checkpoints(self.output)
+        if wanted is None and found:
+            raise FileExistsError(
+                f"The folder {self.output} holds {found[-1].name} of another run; resume it with "
+                "resume_from_checkpoint='auto', or choose another output_dir."
+            )
+        if wanted is None or (wanted == "auto" and not found):
             return
         folder = found[-1] if wanted == "auto" else Path(wanted)
         if not folder.is_dir():
             raise FileNotFoundError(f"The checkpoint {folder} does not exist; use 'auto' for the newest one.")
         self.accelerator.load_state(str(folder))
+        if self.step >= self.args.max_steps:
+            raise ValueError(
+                f"The checkpoint {folder} stands at step {self.step}, so max_steps={self.args.max_steps} leaves "
+                "nothing to train; raise max_steps or choose another output_dir."
+            )
+
+    def _start_files(self) -> None:
+        """Write the arguments, and cut the logs of an earlier run back to where this one starts."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        settings = json.dumps(dataclasses.asdict(self.args), indent=2)
+        (self.output / "arguments.json").write_text(settings + "\n")
+        entries = [entry for entry in self._read_log() if entry["step"] <= self.step]
+        (self.output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        (self.output / "unreadable.jsonl").unlink(missing_ok=True)
+        self._write_errors(self.errors)
+
+    def _read_log(self) -> list[dict[str, float]]:
+        path = self.output / "log.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def _finish(self) -> None:
         self.accelerator.wait_for_everyone()
         if self.average is not None:
             self.explainer.decoder.load_state_dict(self.average.module.state_dict())
+        # Takes off the autocast that Accelerate put around the decoder's forward.
+        self.accelerator.unwrap_model(self.decoder, keep_fp32_wrapper=False)
         self.explainer.eval()
         self.explainer.config.training = self._summary()
         if self.accelerator.is_main_process:
             self.explainer.save_pretrained(self.output / "final")
-            log = [json.loads(line) for line in (self.output / "log.jsonl").read_text().splitlines()]
-            plot_training(log, self.output / "training.png")
+            plot_training(self._read_log(), self.output / "training.png")
 
     def _summary(self) -> dict[str, object]:
-        images = self.args.per_device_batch_size * self.args.gradient_accumulation_steps
         return {
             "steps": self.step,
-            "images_seen": self.step * images * self.accelerator.num_processes,
+            "images_seen": self.images * self.accelerator.num_processes,
             "train_rows": len(self.train_dataset),
             "unreadable_rows": len(self.errors),
             "arguments": {

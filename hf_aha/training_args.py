@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from .objectives import FaithfulnessObjective
+from .perturbation import REFERENCES
+
+
+_COUNTS = (
+    "max_steps",
+    "per_device_batch_size",
+    "gradient_accumulation_steps",
+    "log_steps",
+    "eval_steps",
+    "eval_images",
+    "save_steps",
+    "save_total_limit",
+)
 
 
 def _help(text: str) -> dict[str, str]:
@@ -35,7 +48,7 @@ class AhaTrainingArguments:
         default=0.998, metadata=_help("Decay of the averaged weights that are saved; 0 for none.")
     )
     mixed_precision: str = field(default="bf16", metadata=_help("no, bf16 or fp16; ranking stays in float32."))
-    seed: int = field(default=0, metadata=_help("Seeds weights, crops, references, points and noise."))
+    seed: int = field(default=0, metadata=_help("Seeds the order, crops, references, points and noise."))
     dataloader_num_workers: int = field(default=1, metadata=_help("Processes that decode images."))
     crop_scale: list[float] = field(
         default_factory=lambda: [0.35, 1.0], metadata=_help("Range of a training crop's share of the image area.")
@@ -82,17 +95,28 @@ class AhaTrainingArguments:
     )
 
     def __post_init__(self):
-        for name in ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "log_steps", "eval_steps"):
+        for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}.")
+        for name in ("weight_decay", "dataloader_num_workers", "max_unreadable", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}.")
         if self.target_classes not in ("predicted", "label", "sampled"):
             raise ValueError(f"target_classes must be predicted, label or sampled, but it is {self.target_classes!r}.")
-        for name in ("tau_start", "tau_end", "learning_rate"):
-            if getattr(self, name) <= 0:
+        for name in ("tau_start", "tau_end", "learning_rate", "max_grad_norm"):
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, but it is {getattr(self, name)}.")
         for name in ("warmup_share", "mosaic_share", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], but it is {getattr(self, name)}.")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"mixed_precision must be no, bf16 or fp16, but it is {self.mixed_precision!r}.")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale must be two rising shares in (0, 1], but it is {self.crop_scale}.")
+        if not self.eval_references or not set(self.eval_references) <= set(REFERENCES):
+            raise ValueError(
+                f"eval_references must be some of {', '.join(REFERENCES)}, but they are {self.eval_references}."
+            )
         self.objective()
 
     def objective(self) -> FaithfulnessObjective:
@@ -101,14 +125,13 @@ class AhaTrainingArguments:
         Raises:
             ValueError: unknown preset, or a value out of range.
         """
-        settings = {
-            f.name: getattr(FaithfulnessObjective.preset(self.preset), f.name) for f in fields(FaithfulnessObjective)
+        given = {f.name: getattr(self, f.name) for f in fields(FaithfulnessObjective)}
+        overrides = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in given.items()
+            if value is not None
         }
-        for name in settings:
-            value = getattr(self, name)
-            if value is not None:
-                settings[name] = tuple(value) if isinstance(value, list) else value
-        return FaithfulnessObjective(**settings)
+        return replace(FaithfulnessObjective.preset(self.preset), **overrides)
 
     def tau(self, step: int) -> float:
         """Ranking temperature at `step`, 0..max_steps: geometric from `tau_start` to `tau_end`."""

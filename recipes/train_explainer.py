@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Train an explainer for an image classifier.
 
-    accelerate launch recipes/train_explainer.py recipes/vit-b16-imagenet.yaml --output_dir runs/aha-vit-b16
+    accelerate launch recipes/train_explainer.py recipes/vit-s14-imagenette/stage-1.yaml --classifier DIR_OR_ID \
+        --dataset DIR_OR_ID
 
-Any setting of the YAML file can be overridden on the command line. The trained explainer lies in OUTPUT_DIR/final, in Hub
-layout.
+Any setting of the YAML file can be overridden on the command line. The trained explainer lies in OUTPUT_DIR/final, in
+Hub layout.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
+from accelerate.utils import set_seed
 from PIL import Image
 
 from hf_aha import AhaExplainer
 from hf_aha.arguments import parse_yaml_and_command_line
 from hf_aha.data import Photographs, ProcessorCrop, RandomCrop, load_photographs
-from hf_aha.trainer import AhaTrainer
+from hf_aha.trainer import AhaTrainer, UnreadableDataError
 from hf_aha.training_args import AhaTrainingArguments
 
 
@@ -47,11 +49,17 @@ class RecipeArguments(AhaTrainingArguments):
     half_width: int | None = None
     local_files_only: bool = False
 
+    DECODER_SIZES = ("grid_width", "grid_depth", "quarter_width", "half_width")
+
     def __post_init__(self):
         super().__post_init__()
         for name in ("classifier", "dataset"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is missing: give it in the YAML file or as --{name}.")
+        if self.init_from is not None:
+            for name in ("classifier_revision", "encoder", "taps", *self.DECODER_SIZES):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} does not go with init_from, whose explainer settles it; leave it out.")
 
 
 def build_explainer(args: RecipeArguments) -> AhaExplainer:
@@ -61,7 +69,7 @@ def build_explainer(args: RecipeArguments) -> AhaExplainer:
         return AhaExplainer.from_pretrained(
             args.init_from, classifier=args.classifier, dtype="float32", **attention, **hub
         )
-    sizes = {name: getattr(args, name) for name in ("grid_width", "grid_depth", "quarter_width", "half_width")}
+    sizes = {name: getattr(args, name) for name in args.DECODER_SIZES}
     return AhaExplainer.from_classifier(
         args.classifier,
         revision=args.classifier_revision,
@@ -78,14 +86,13 @@ def build_datasets(args: RecipeArguments, explainer: AhaExplainer) -> tuple[Phot
     rows, column = load_photographs(args.dataset, split=args.train_split, **common)
     config = explainer.config
     size = (args.image_size, args.image_size) if args.image_size else tuple(config.image_size)
+    resample = getattr(explainer.image_processor, "resample", None)
     crop = RandomCrop(
         size,
         tuple(config.image_mean),
         tuple(config.image_std),
         scale=tuple(args.crop_scale),
-        resample=Image.Resampling(
-            int(getattr(explainer.image_processor, "resample", None) or Image.Resampling.BICUBIC)
-        ),
+        resample=Image.Resampling.BICUBIC if resample is None else int(resample),
     )
     train = Photographs(rows, column, crop, args.label_column, seed=args.seed)
     if not args.validation_split:
@@ -98,9 +105,16 @@ def build_datasets(args: RecipeArguments, explainer: AhaExplainer) -> tuple[Phot
 
 def main(argv: list[str] | None = None) -> AhaExplainer:
     args = parse_yaml_and_command_line(RecipeArguments, sys.argv[1:] if argv is None else argv)
-    explainer = build_explainer(args)
-    train, validation = build_datasets(args, explainer)
-    return AhaTrainer(explainer, args, train, validation).train()
+    set_seed(args.seed)  # the weights of a new decoder
+    try:
+        explainer = build_explainer(args)
+        trainer = AhaTrainer(explainer, args, *build_datasets(args, explainer))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"The training cannot start: {error}") from error
+    try:
+        return trainer.train()
+    except (FileExistsError, FileNotFoundError, FloatingPointError, UnreadableDataError) as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -26,8 +27,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
     ViTForImageClassification,
     get_cosine_schedule_with_warmup,
 )
@@ -70,11 +74,28 @@ class TargetArguments:
     seed: int = 0
     model_dtype: str = field(default="float16", metadata={"help": "Precision of the saved weights."})
 
+    def __post_init__(self):
+        if (self.model is None) == (self.keep_layers is None):
+            raise ValueError("Give exactly one of model (a classifier id) and keep_layers (with a ViT teacher).")
+        if self.token_weight > 0 and self.teacher is None:
+            raise ValueError("token_weight needs a teacher.")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}.")
+
 
 def shallower_copy(
     teacher: ViTForImageClassification, layers: list[int], image_size: int
 ) -> ViTForImageClassification:
-    """A ViT of the teacher's given layers, with its position table resized to `image_size`."""
+    """A ViT of the teacher's given layers, counted from 0, with its position table resized to `image_size`."""
+    depth = teacher.config.num_hidden_layers
+    if len(set(layers)) != len(layers) or not all(0 <= layer < depth for layer in layers):
+        raise ValueError(f"keep_layers must be different layers of the teacher's 0..{depth - 1}, but it is {layers}.")
+    if image_size % teacher.config.patch_size:
+        raise ValueError(
+            f"image_size must be a multiple of the teacher's patch of {teacher.config.patch_size} pixels, but it is "
+            f"{image_size}."
+        )
     config = copy.deepcopy(teacher.config)
     config.num_hidden_layers, config.image_size = len(layers), image_size
     student = ViTForImageClassification(config)
@@ -129,52 +150,81 @@ def accuracy(model: torch.nn.Module, loader: DataLoader, accelerator: Accelerato
     model.eval()
     right = total = 0
     for batch in loader:
+        if batch.pixel_values is None:
+            continue
         with accelerator.autocast():
             predicted = model(pixel_values=batch.pixel_values.to(accelerator.device)).logits.argmax(-1).cpu()
         right += int((predicted == batch.labels).sum())
         total += len(batch.labels)
+    if total == 0:
+        raise SystemExit("No row of the validation split could be read.")
     return right / total
+
+
+def build_models(
+    args: TargetArguments, rows: datasets.Dataset
+) -> tuple[PreTrainedModel, PreTrainedModel | None, BaseImageProcessor]:
+    """The model to train, the frozen teacher if there is one, and the processor of photographs for both."""
+    teacher = None
+    if args.teacher is not None:
+        teacher = AutoModelForImageClassification.from_pretrained(args.teacher, dtype=torch.float32)
+        teacher = teacher.eval().requires_grad_(False)
+    if args.keep_layers is not None:
+        if not isinstance(teacher, ViTForImageClassification):
+            raise ValueError("keep_layers needs a teacher of class ViTForImageClassification.")
+        model = shallower_copy(teacher, args.keep_layers, args.image_size)
+    else:
+        config = AutoConfig.from_pretrained(args.model)
+        if getattr(config, "image_size", None) not in (None, args.image_size):
+            raise ValueError(
+                f"{args.model} takes images of {config.image_size} pixels: give image_size {config.image_size}."
+            )
+        names = getattr(rows.features.get(args.label_column), "names", None) or list(config.id2label.values())
+        # A head for other classes is replaced by a new one; a fitting head is kept with its own labels.
+        head = {} if len(names) == config.num_labels else {"id2label": dict(enumerate(names))}
+        head |= {"label2id": {name: index for index, name in enumerate(names)}} if head else {}
+        model = AutoModelForImageClassification.from_pretrained(
+            args.model, dtype=torch.float32, ignore_mismatched_sizes=bool(head), **head
+        )
+    if teacher is not None and teacher.config.num_labels != model.config.num_labels:
+        raise ValueError(
+            f"The teacher has {teacher.config.num_labels} classes and the model {model.config.num_labels}; "
+            "distillation needs the same classes."
+        )
+    processor = AutoImageProcessor.from_pretrained(args.teacher if args.keep_layers is not None else args.model)
+    side = {"height": args.image_size, "width": args.image_size}
+    processor.crop_size = side
+    processor.size = {"shortest_edge": args.image_size} if getattr(processor, "do_center_crop", False) else side
+    return model, teacher, processor
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse_yaml_and_command_line(TargetArguments, sys.argv[1:] if argv is None else argv)
-    if (args.model is None) == (args.keep_layers is None):
-        raise SystemExit("Give exactly one of model (a classifier id) and keep_layers (with a ViT teacher).")
-    if args.token_weight > 0 and args.teacher is None:
-        raise SystemExit("token_weight needs a teacher.")
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     set_seed(args.seed)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-
-    teacher = None
-    if args.teacher is not None:
-        teacher = AutoModelForImageClassification.from_pretrained(args.teacher, dtype=torch.float32)
-        teacher = teacher.to(accelerator.device).eval().requires_grad_(False)
-    source = args.teacher if args.keep_layers is not None else args.model
-    if args.keep_layers is not None:
-        if not isinstance(teacher, ViTForImageClassification):
-            raise SystemExit("keep_layers needs a teacher of class ViTForImageClassification.")
-        model = shallower_copy(teacher, args.keep_layers, args.image_size)
-    else:
-        model = AutoModelForImageClassification.from_pretrained(
-            args.model, dtype=torch.float32, image_size=args.image_size
+    try:
+        train_rows, column = load_photographs(args.dataset, split=args.train_split, image_column=args.image_column)
+        validation_rows, _ = load_photographs(args.dataset, split=args.validation_split, image_column=column)
+        if len(train_rows) < args.batch_size:
+            raise ValueError(
+                f"The training split has {len(train_rows)} rows, fewer than batch_size={args.batch_size}."
+            )
+        model, teacher, processor = build_models(args, train_rows)
+        crop = RandomCrop(
+            (args.image_size, args.image_size),
+            tuple(processor.image_mean),
+            tuple(processor.image_std),
+            scale=tuple(args.crop_scale),
         )
-    processor = AutoImageProcessor.from_pretrained(source)
-    side = {"height": args.image_size, "width": args.image_size}
-    processor.crop_size = side
-    processor.size = {"shortest_edge": args.image_size} if getattr(processor, "do_center_crop", False) else side
+        train = Photographs(train_rows, column, crop, args.label_column, seed=args.seed)
+        validation = Photographs(validation_rows, column, ProcessorCrop(processor), args.label_column)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"The training cannot start: {error}") from error
+    if teacher is not None:
+        teacher = teacher.to(accelerator.device)
 
-    train_rows, column = load_photographs(args.dataset, split=args.train_split, image_column=args.image_column)
-    validation_rows, _ = load_photographs(args.dataset, split=args.validation_split, image_column=column)
-    crop = RandomCrop(
-        (args.image_size, args.image_size),
-        tuple(processor.image_mean),
-        tuple(processor.image_std),
-        scale=tuple(args.crop_scale),
-    )
-    train = Photographs(train_rows, column, crop, args.label_column, seed=args.seed)
-    validation = Photographs(validation_rows, column, ProcessorCrop(processor), args.label_column)
     loader = DataLoader(
         train, args.batch_size, shuffle=True, drop_last=True, collate_fn=collate, num_workers=args.num_workers
     )
@@ -195,8 +245,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     for epoch in range(args.epochs):
         train.epoch = epoch
         model.train()
-        started, losses = time.time(), []
+        started, losses, unreadable = time.time(), [], 0
         for batch in loader:
+            unreadable += len(batch.errors)
+            progress.update()
+            if batch.pixel_values is None:
+                continue
             pixel_values = batch.pixel_values.to(accelerator.device)
             labels = batch.labels.to(accelerator.device)
             with accelerator.autocast():
@@ -217,10 +271,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             schedule.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
-            progress.update()
+        if not losses:
+            raise SystemExit("No row of the training split could be read.")
         entry = {
             "epoch": epoch + 1,
             "loss": round(sum(losses) / len(losses), 4),
+            "unreadable_rows": unreadable,
             "validation_accuracy": round(accuracy(model, validation_loader, accelerator), 4),
             "seconds": round(time.time() - started, 1),
         }

@@ -307,6 +307,13 @@ def test_transport_keeps_one_plan_for_the_backward_pass():
     assert plan <= sum(saved.values()) < 1.75 * plan
 
 
+@pytest.mark.parametrize("tau", [0.1, 0.002])
+def test_transport_holds_its_mass_under_strong_noise(tau):
+    ranker = TransportRanker(noise=1.0)
+    masks = ranker(nasty(300), 16, tau=tau, generator=torch.Generator().manual_seed(0)).double()
+    assert float((masks.mean(2) / (torch.arange(1, 17) / 16) - 1).abs().max()) < 1e-3
+
+
 # ---------------------------------------------------------------- Sinkhorn
 
 

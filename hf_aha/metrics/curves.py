@@ -78,8 +78,15 @@ def deletion_insertion_curves(
             f"scores have shape {tuple(scores.shape)}, but images of shape {tuple(pixel_values.shape)} need "
             f"{(len(pixel_values), *pixel_values.shape[-2:])}."
         )
-    if list(fractions) != sorted(fractions) or fractions[0] != 0 or fractions[-1] != 1:
-        raise ValueError(f"fractions must ascend from 0 to 1, but they are {tuple(fractions)}.")
+    if reference.shape != pixel_values.shape or target.shape != scores.shape[:1]:
+        raise ValueError(
+            f"reference has shape {tuple(reference.shape)} and target {tuple(target.shape)}, but images of shape "
+            f"{tuple(pixel_values.shape)} need {tuple(pixel_values.shape)} and {tuple(scores.shape[:1])}."
+        )
+    if len(fractions) < 3 or list(fractions) != sorted(fractions) or fractions[0] != 0 or fractions[-1] != 1:
+        raise ValueError(
+            f"fractions must ascend from 0 to 1 with at least one between, but they are {tuple(fractions)}."
+        )
     size = tuple(scores.shape[-2:])
     ranked = scores if cells is None else pool_to_cells(scores, cells)
     units = ranked[0].numel()

@@ -1,0 +1,287 @@
+#!/usr/bin/env python
+"""Hard deletion and insertion of an explainer beside random, centre, gradient x input and integrated gradients.
+
+    python benchmarks/faithfulness.py measure --explainer DIR_OR_ID --classifier DIR_OR_ID --dataset DIR_OR_ID --output R.jsonl
+    python benchmarks/faithfulness.py report R.jsonl --output docs/results.md
+
+`measure` appends one line per image to a JSONL file (both curves of every method, reference and granularity) and goes on
+where it stopped. Run it with `--shard 0/2` and `--shard 1/2` into two files to use two processes, and give both to `report`.
+Gradient methods are those of captum (`pip install captum`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from hf_aha import AhaExplainer
+from hf_aha.data import Photographs, ProcessorCrop, collate, load_photographs
+from hf_aha.metrics.curves import FRACTIONS_21, deletion_insertion_curves
+from hf_aha.perturbation import Normalization, reference_image
+
+
+REFERENCES = ("blur", "mean")
+METHODS = ("random", "centre", "gradient x input", "integrated gradients", "aha")
+NAMES = {
+    "random": "Random order",
+    "centre": "Centre Gaussian",
+    "gradient x input": "Gradient x input",
+    "integrated gradients": "Integrated gradients, 16 steps, blurred baseline",
+    "aha": "**AHA** (this explainer)",
+}
+PASSES = {
+    "random": "0",
+    "centre": "0",
+    "gradient x input": "1 forward + 1 backward",
+    "integrated gradients": "16 forward + 16 backward",
+    "aha": "1 forward",
+}
+
+
+class Methods:
+    """Every method as `(pixel_values (1, 3, H, W), target (1,)) -> scores (1, H, W)`, higher = more important."""
+
+    def __init__(self, explainer: AhaExplainer, seed: int):
+        from captum.attr import InputXGradient, IntegratedGradients
+
+        self.explainer = explainer
+        self.generator = torch.Generator().manual_seed(seed)
+        self.normalization = Normalization(explainer.config.image_mean, explainer.config.image_std)
+        self.perturbed_logits = self.logits
+        self.input_x_gradient = InputXGradient(self.probability)
+        self.integrated_gradients = IntegratedGradients(self.probability)
+
+    def compile(self) -> None:
+        """Run the perturbed images through a compiled bfloat16 copy of the classifier: the same curves, sooner."""
+        torch._inductor.config.freezing = True
+        copied = copy.deepcopy(self.explainer.classifier.model).to(torch.bfloat16)
+        compiled = torch.compile(copied, dynamic=False)
+        self.perturbed_logits = lambda pixel_values: compiled(pixel_values.to(torch.bfloat16)).logits
+
+    def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(pixel_values.device.type, torch.bfloat16):
+            return self.explainer.classifier(pixel_values).logits
+
+    def probability(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.logits(pixel_values).float().softmax(-1)
+
+    def reference(self, pixel_values: torch.Tensor, kind: str) -> torch.Tensor:
+        return self.normalization.normalize(reference_image(self.normalization.denormalize(pixel_values), kind))
+
+    def __call__(self, method: str, pixel_values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        height, width = pixel_values.shape[-2:]
+        if method == "random":
+            return torch.rand(1, height, width, generator=self.generator)
+        if method == "centre":
+            y = (torch.arange(height) + 0.5) / height - 0.5
+            x = (torch.arange(width) + 0.5) / width - 0.5
+            return torch.exp(-(y[:, None] ** 2 + x[None] ** 2) / (2 * 0.25**2))[None]
+        if method == "gradient x input":
+            return self.input_x_gradient.attribute(pixel_values.requires_grad_(), target=target).detach().sum(1)
+        if method == "integrated gradients":
+            attribution = self.integrated_gradients.attribute(
+                pixel_values,
+                baselines=self.reference(pixel_values, "blur"),
+                target=target,
+                n_steps=16,
+                internal_batch_size=8,
+            )
+            return attribution.detach().float().sum(1)
+        with torch.no_grad(), torch.autocast(pixel_values.device.type, torch.bfloat16):
+            return self.explainer(pixel_values, target).scores
+
+
+def measure(args: argparse.Namespace) -> None:
+    explainer = AhaExplainer.from_pretrained(args.explainer, classifier=args.classifier, dtype=torch.float32).eval()
+    methods = Methods(explainer, args.seed)
+    if args.compile:
+        methods.compile()
+    rows, column = load_photographs(args.dataset, split=args.split)
+    rows = rows.shuffle(seed=args.seed).select(range(args.skip, args.skip + args.images))
+    photographs = Photographs(rows, column, ProcessorCrop(explainer.image_processor))
+    output = Path(args.output)
+    done = {json.loads(line)["image"] for line in output.read_text().splitlines()[1:]} if output.exists() else set()
+    if not done:
+        output.write_text(json.dumps(describe(args, explainer)) + "\n")
+    part, parts = (int(number) for number in args.shard.split("/"))
+    todo = [index for index in range(part, args.images, parts) if index not in done]
+    for index in tqdm(todo, mininterval=10):
+        batch = collate([photographs[index]])
+        if batch.errors:
+            entry = {"image": index, "error": batch.errors[0][1]}
+        else:
+            entry = {"image": index, **measure_image(methods, batch.pixel_values, index < args.cell_images)}
+        with output.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def measure_image(methods: Methods, pixel_values: torch.Tensor, with_cells: bool) -> dict[str, object]:
+    with torch.no_grad():
+        target = methods.logits(pixel_values).argmax(-1)
+    references = {kind: methods.reference(pixel_values, kind) for kind in REFERENCES}
+    levels: dict[str, tuple[int, int] | None] = {"pixel": None}
+    if with_cells:
+        levels["cells"] = methods.explainer.classifier.grid(*pixel_values.shape[-2:])
+    entry: dict[str, object] = {"target": int(target), "seconds": {}, "curves": {}}
+    for method in METHODS:
+        started = time.perf_counter()
+        scores = methods(method, pixel_values.clone(), target).float()
+        entry["seconds"][method] = round(time.perf_counter() - started, 4)
+        for kind, reference in references.items():
+            for level, cells in levels.items():
+                curves = deletion_insertion_curves(
+                    methods.perturbed_logits, pixel_values, reference, scores, target, cells=cells, max_batch=8
+                )
+                entry["curves"][f"{method}/{kind}/{level}"] = {
+                    "deletion": [round(value, 5) for value in curves.deletion[0].tolist()],
+                    "insertion": [round(value, 5) for value in curves.insertion[0].tolist()],
+                }
+    return entry
+
+
+def describe(args: argparse.Namespace, explainer: AhaExplainer) -> dict[str, object]:
+    config = explainer.config
+    return {
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "output", "shard", "dataset", "explainer", "classifier")},
+        "dataset": Path(args.dataset).name if Path(args.dataset).exists() else args.dataset,
+        "explainer": Path(args.explainer).name if Path(args.explainer).exists() else args.explainer,
+        "classifier": Path(str(args.classifier or config.base_model_name_or_path)).name,
+        "image_size": list(config.image_size),
+        "patch_size": list(config.patch_size),
+        "decoder_parameters": sum(p.numel() for p in explainer.decoder.parameters()),
+        "training": config.training,
+        "versions": {name: version(name) for name in ("torch", "transformers", "captum", "numpy")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} thread(s) a process",
+    }
+
+
+def bootstrap(values: np.ndarray, seed: int, resamples: int = 2000) -> tuple[float, float, float]:
+    """Mean and 95% percentile interval over images."""
+    generator = np.random.default_rng(seed)
+    means = values[generator.integers(len(values), size=(resamples, len(values)))].mean(1)
+    return float(values.mean()), *(float(bound) for bound in np.percentile(means, [2.5, 97.5]))
+
+
+def areas(entries: Sequence[dict], key: str) -> dict[str, np.ndarray]:
+    """Trapezoid areas on [0, 1] of both curves, and their difference, per image."""
+    area: Callable[[list[float]], float] = lambda curve: float(np.trapezoid(curve, FRACTIONS_21))  # noqa: E731
+    found = [entry["curves"][key] for entry in entries if key in entry.get("curves", {})]
+    deletion = np.array([area(curves["deletion"]) for curves in found])
+    insertion = np.array([area(curves["insertion"]) for curves in found])
+    return {"deletion": deletion, "insertion": insertion, "difference": insertion - deletion}
+
+
+def table(entries: Sequence[dict], kind: str, level: str, seed: int) -> str:
+    lines = [
+        "| method | deletion (lower is better) | insertion (higher is better) | insertion - deletion | AHA minus this, paired |",
+        "|---|---|---|---|---|",
+    ]
+    ours = areas(entries, f"aha/{kind}/{level}")["difference"]
+    for method in METHODS:
+        found = areas(entries, f"{method}/{kind}/{level}")
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(found[name], seed)) for name in found]
+        paired = "-" if method == "aha" else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*bootstrap(ours - found["difference"], seed))
+        lines.append(f"| {NAMES[method]} | " + " | ".join(cells) + f" | {paired} |")
+    return "\n".join(lines)
+
+
+def section(files: Sequence[str]) -> str:
+    """One explainer's part of the results page."""
+    lines = [line for file in files for line in Path(file).read_text().splitlines()]
+    records = [json.loads(line) for line in lines]
+    head = next(record for record in records if "arguments" in record)
+    entries = sorted((record for record in records if "image" in record), key=lambda record: record["image"])
+    failed = [entry for entry in entries if "error" in entry]
+    entries = [entry for entry in entries if "error" not in entry]
+    seed, with_cells = head["arguments"]["seed"], sum("aha/blur/cells" in entry["curves"] for entry in entries)
+    training = head["training"] or {}
+    parts = [
+        f"## {head['explainer']}: explains {head['classifier']}",
+        f"{len(entries)} photographs of the split `{head['arguments']['split']}` of {head['dataset']} "
+        f"(shuffled with seed {seed}, rows {head['arguments']['skip']} to {head['arguments']['skip'] + head['arguments']['images'] - 1}; "
+        f"{len(failed)} unreadable), {head['image_size'][0]} x {head['image_size'][1]} px, the classifier's own processor, "
+        f"predicted class, softmax probability. The decoder has {head['decoder_parameters']:,} weights and saw "
+        f"{training.get('images_seen', 0):,} crops in its last training stage.",
+    ]
+    for level, name, count in (
+        ("pixel", "Pixels", len(entries)),
+        ("cells", f"Patch cells ({head['patch_size'][0]} px)", with_cells),
+    ):
+        for kind in REFERENCES:
+            if count:
+                parts.append(f"### {name}, {kind} reference ({count} photographs)\n\n{table(entries, kind, level, seed)}")
+    seconds = {m: float(np.median([entry["seconds"][m] for entry in entries])) for m in METHODS}
+    parts.append(
+        "### Cost of one map\n\n| method | passes of the classifier | median seconds |\n|---|---|---|\n"
+        + "\n".join(f"| {NAMES[m]} | {PASSES[m]} | {seconds[m]:.3f} |" for m in METHODS)
+        + f"\n\nOne image at a time, bfloat16 autocast, {head['machine']}; "
+        + ", ".join(f"{name} {number}" for name, number in head["versions"].items())
+        + "."
+    )
+    return "\n\n".join(parts)
+
+
+INTRODUCTION = """# Results
+
+Written by `python benchmarks/faithfulness.py report`; do not edit by hand. Deletion and insertion with hard masks, 21 points
+(0, 5, ..., 100 % of the pixels or cells), the most important first, equal scores by lowest index; areas by the trapezoid
+rule on [0, 1]. References: *blur*, a Gaussian of sigma 5 % of the side; *mean*, the ImageNet mean colour. Brackets hold 95 %
+percentile bootstrap intervals over images (2,000 resamples); the last column pairs the images. Gradient methods are captum's
+and differentiate the class probability; channels are summed with their sign.
+
+The explainers were trained on deletion and insertion with these two references, so these tables measure what they were
+trained for, on photographs they did not see. Masks of single pixels also reward maps that are adversarial noise to the eye;
+patch cells do so less.
+"""
+
+
+def report(args: argparse.Namespace) -> None:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for file in args.files:
+        head = json.loads(Path(file).read_text().splitlines()[0])
+        groups.setdefault((head["explainer"], head["classifier"]), []).append(file)
+    text = "\n\n".join([INTRODUCTION.rstrip(), *(section(files) for files in groups.values())])
+    if args.notes:
+        text += "\n\n" + Path(args.notes).read_text().rstrip()
+    Path(args.output).write_text(text + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("measure")
+    one.add_argument("--explainer", required=True)
+    one.add_argument("--classifier", default=None)
+    one.add_argument("--dataset", required=True)
+    one.add_argument("--split", default="validation")
+    one.add_argument("--images", type=int, default=500)
+    one.add_argument("--skip", type=int, default=1000, help="the trainer validates on the first rows of this order")
+    one.add_argument("--cell-images", type=int, default=100, help="patch cells are measured on this many images")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--compile", action="store_true", help="compile the target passes (torch.compile, needs a compiler)")
+    one.add_argument("--shard", default="0/1")
+    one.add_argument("--output", required=True)
+    one.set_defaults(run=measure)
+    two = commands.add_parser("report")
+    two.add_argument("files", nargs="+")
+    two.add_argument("--notes", help="Markdown appended to the page")
+    two.add_argument("--output", required=True)
+    two.set_defaults(run=report)
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
