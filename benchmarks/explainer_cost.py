@@ -2,14 +2,14 @@
 
     python benchmarks/explainer_cost.py --classifier vit-b16-random DIR_OR_ID --batch-size 1 8 --output cost.json
 
-`vit-b16-random` is a ViT-B/16 for 224 px and 1,000 classes with random weights, built from its config. The explainer is
-untrained: its cost does not depend on the values of its weights.
+`vit-b16-random` is a ViT-B/16 for 224 px and 1,000 classes with random weights, built from its config. The explainer
+is untrained: its cost does not depend on the values of its weights.
 
 How it is measured: the target is `classifier(x).logits`, the explainer `explainer(x)`, which gives scores for the
-predicted class and the same logits; both get the same pixels, the same weights in `--dtype`, and no gradient. They take
-turns in one process; the time ratio is the median of the ratios of the same turn. Memory is the peak of a fresh process
-for each case over three passes, weights included, over what the process held before the model was built but after a
-pass of a tiny one, so that the libraries' own code and buffers are in neither number (see `PeakMemory`).
+predicted class and the same logits; both get the same pixels, the same weights in `--dtype`, and no gradient. They
+take turns in one process; the time ratio is the median of the ratios of the same turn. Memory is the peak of a fresh
+process for each case over three passes, weights included, over what the process held before the model was built but
+after a pass of a tiny one, so that the libraries' own code and buffers are in neither number (see `PeakMemory`).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def peak_bytes(case: str, args: argparse.Namespace) -> int:
 
 
 def measure_memory(classifier: str, batch: int, args: argparse.Namespace) -> dict[str, object]:
-    """Peak bytes of target and explainer, each in a fresh process, and their ratio; None where it cannot be measured."""
+    """Peak bytes of target and explainer, each in a fresh process, and their ratio; None where not measured."""
     if args.no_memory or not can_measure_memory(torch.device(args.device)):
         return {"target_bytes": None, "explainer_bytes": None, "memory_ratio": None}
     found = {}
@@ -145,7 +145,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
 def table(result: dict[str, object]) -> str:
     """The rows as Markdown, with the settings and the command under them."""
     lines = [
-        "| Classifier | Batch | Target (ms) | Explainer (ms) | Time ratio | Target (MiB) | Explainer (MiB) | Memory ratio |",
+        "| Classifier | Batch | Target (ms) | Explainer (ms) | Time ratio "
+        "| Target (MiB) | Explainer (MiB) | Memory ratio |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in result["rows"]:

@@ -154,7 +154,11 @@ def measure_image(methods: Methods, pixel_values: torch.Tensor, with_cells: bool
 def describe(args: argparse.Namespace, explainer: AhaExplainer) -> dict[str, object]:
     config = explainer.config
     return {
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("run", "output", "shard", "dataset", "explainer", "classifier")},
+        "arguments": {
+            k: v
+            for k, v in vars(args).items()
+            if k not in ("run", "output", "shard", "dataset", "explainer", "classifier")
+        },
         "dataset": Path(args.dataset).name if Path(args.dataset).exists() else args.dataset,
         "explainer": Path(args.explainer).name if Path(args.explainer).exists() else args.explainer,
         "classifier": Path(str(args.classifier or config.base_model_name_or_path)).name,
@@ -192,7 +196,11 @@ def table(entries: Sequence[dict], kind: str, level: str, seed: int) -> str:
     for method in METHODS:
         found = areas(entries, f"{method}/{kind}/{level}")
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(found[name], seed)) for name in found]
-        paired = "-" if method == "aha" else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*bootstrap(ours - found["difference"], seed))
+        paired = (
+            "-"
+            if method == "aha"
+            else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*bootstrap(ours - found["difference"], seed))
+        )
         lines.append(f"| {NAMES[method]} | " + " | ".join(cells) + f" | {paired} |")
     return "\n".join(lines)
 
@@ -221,7 +229,9 @@ def section(files: Sequence[str]) -> str:
     ):
         for kind in REFERENCES:
             if count:
-                parts.append(f"### {name}, {kind} reference ({count} photographs)\n\n{table(entries, kind, level, seed)}")
+                parts.append(
+                    f"### {name}, {kind} reference ({count} photographs)\n\n{table(entries, kind, level, seed)}"
+                )
     seconds = {m: float(np.median([entry["seconds"][m] for entry in entries])) for m in METHODS}
     parts.append(
         "### Cost of one map\n\n| method | passes of the classifier | median seconds |\n|---|---|---|\n"
@@ -270,7 +280,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     one.add_argument("--skip", type=int, default=1000, help="the trainer validates on the first rows of this order")
     one.add_argument("--cell-images", type=int, default=100, help="patch cells are measured on this many images")
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--compile", action="store_true", help="compile the target passes (torch.compile, needs a compiler)")
+    one.add_argument(
+        "--compile", action="store_true", help="compile the target passes (torch.compile, needs a compiler)"
+    )
     one.add_argument("--shard", default="0/1")
     one.add_argument("--output", required=True)
     one.set_defaults(run=measure)

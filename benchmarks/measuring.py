@@ -1,4 +1,4 @@
-"""What the benchmarks share: turns of timed calls, peak memory of a process, and the record of where a number comes from."""
+"""What the benchmarks share: turns of timed calls, peak memory, and the record of where a number comes from."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ def load_photographs(
         the dataset, with the image column as encoded bytes, and the name of that column.
 
     Raises:
-        ValueError: the dataset has no image column, several and none named, no row, or not the named column, or that
-            column holds no images.
+        ValueError: the dataset has no image column, several and none named, or not the named one, or that one holds
+            no images; or the split has no row.
     """
     dataset = datasets.load_dataset(name, config_name, split=split, revision=revision)
     images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
@@ -56,8 +56,6 @@ def load_photographs(
         raise ValueError(
             f"The dataset {name} has no column {image_column!r}; its columns are {', '.join(dataset.column_names)}."
         )
-    if len(dataset) == 0:
-        raise ValueError(f"The split {split} of the dataset {name} has no row.")
     try:
         return dataset.cast_column(image_column, datasets.Image(decode=False)), image_column
     except (pa.ArrowException, TypeError, ValueError) as error:

@@ -57,12 +57,9 @@ class DecoderFeatures:
 
     def repeat(self, times: int) -> DecoderFeatures:
         """The same features `times` times an image, for as many classes: batch B becomes B * times."""
-        return DecoderFeatures(
-            self.grid.repeat_interleave(times, 0),
-            self.quarter.repeat_interleave(times, 0),
-            self.half.repeat_interleave(times, 0),
-            self.size,
-        )
+        # Indexing keeps the channels last, `repeat_interleave` does not.
+        rows = torch.arange(len(self.grid), device=self.grid.device).repeat_interleave(times)
+        return DecoderFeatures(self.grid[rows], self.quarter[rows], self.half[rows], self.size)
 
 
 class AttributionDecoder(nn.Module):

@@ -272,7 +272,9 @@ class AhaExplainer(PreTrainedModel):
             if included:
                 encoder_name, place = name, beside(ENCODER_SUBFOLDER)
             encoder = FrozenEncoder.from_pretrained(encoder_name, **place, **hub, **model_arguments)
-        processor = AutoImageProcessor.from_pretrained(name, **own, **hub)
+        processor = None
+        if cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **own, **hub):
+            processor = AutoImageProcessor.from_pretrained(name, **own, **hub)
         self.attach(source, encoder=encoder, image_processor=processor, allow_mismatch=allow_mismatch)
 
     def attach(

@@ -56,8 +56,8 @@ def reference_image(
 
     Args:
         rgb: (B, 3, H, W) images in RGB, [0, 1].
-        kind: `"black"`; `"mean"`, one colour, the ImageNet mean as in the paper; `"blur"`, a Gaussian blur of the image
-            with reflected borders; `"noise"`, uniform RGB noise, independent per pixel and channel.
+        kind: `"black"`; `"mean"`, one colour, the ImageNet mean as in the paper; `"blur"`, a Gaussian blur of the
+            image with reflected borders; `"noise"`, uniform RGB noise, independent per pixel and channel.
         blur_sigma: standard deviation of the blur as a share of the shorter side.
         mean_rgb: colour of `"mean"`.
         generator: of the noise; lives on the CPU so that every device draws the same.
@@ -120,7 +120,7 @@ def pool_to_cells(scores: torch.Tensor, cells: tuple[int, int]) -> torch.Tensor:
 
 
 def spread_cells(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Every pixel takes its cell's mask, (B, S, rows, columns) -> (B, S, H, W); borders are those of nearest resize."""
+    """Every pixel takes its cell's mask, (B, S, rows, columns) -> (B, S, H, W); borders as in a nearest resize."""
     return F.interpolate(masks, size=size, mode="nearest-exact")
 
 

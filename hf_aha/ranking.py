@@ -383,5 +383,7 @@ def _invert(order: Tensor) -> Tensor:
 
 
 def _gumbel(shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    draws = torch.empty(shape, dtype=like.dtype, device=like.device).exponential_(generator=generator)
+    # Drawn where the generator lives, so that a CPU generator gives the same noise on every device.
+    device = like.device if generator is None else generator.device
+    draws = torch.empty(shape, dtype=like.dtype, device=device).exponential_(generator=generator).to(like.device)
     return draws.clamp_(min=torch.finfo(like.dtype).tiny).log_().neg_()

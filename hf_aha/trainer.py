@@ -394,14 +394,15 @@ class AhaTrainer:
             plot_training(self._read_log(), self.output / "training.png")
 
     def _summary(self) -> dict[str, object]:
+        """What the config and the card say of the run; a recipe's own settings may hold folders and stay out."""
+        names = {field.name for field in dataclasses.fields(AhaTrainingArguments)}
+        names -= {"output_dir", "resume_from_checkpoint"}
         return {
             "steps": self.step,
             "images_seen": self.images * self.accelerator.num_processes,
             "train_rows": len(self.train_dataset),
             "unreadable_rows": len(self.errors),
-            "arguments": {
-                k: v for k, v in dataclasses.asdict(self.args).items() if v is not None and k != "output_dir"
-            },
+            "arguments": {k: v for k, v in dataclasses.asdict(self.args).items() if v is not None and k in names},
         }
 
 

@@ -111,6 +111,7 @@ def test_features_are_computed_once_for_several_classes():
     before = [features.grid.clone(), features.quarter.clone(), features.half.clone()]
     scores = decoder.decode(features.repeat(4), vectors.flatten(0, 1)).unflatten(0, (3, 4))
     assert len(calls) == 1
+    assert features.repeat(4).half.is_contiguous(memory_format=torch.channels_last)
     for place in range(4):
         expected = decoder(tokens, pixels, vectors[:, place])
         torch.testing.assert_close(scores[:, place], expected, atol=1e-4, rtol=1e-4)

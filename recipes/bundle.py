@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Pack a trained explainer and its classifier as half-precision safetensors, loaded in float32, to ship with the package.
+
+    python recipes/bundle.py --explainer runs/imagenette-demo/explainer/final --classifier runs/imagenette-demo/target \
+        --name imagenette-demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hf_aha import AhaExplainer
+
+
+BUNDLED = Path(__file__).parent.parent / "hf_aha" / "bundled"
+LIMIT_BYTES = 24_000_000
+
+
+def bundle(explainer: str, classifier: str, name: str, output: Path = BUNDLED) -> Path:
+    """Write OUTPUT/NAME and return it.
+
+    Raises:
+        SystemExit: everything bundled together would exceed 24 MB.
+    """
+    loaded = AhaExplainer.from_pretrained(explainer, classifier=classifier, dtype=torch.float32)
+    # A folder of one machine means nothing on another: the classifier travels along.
+    loaded.config.base_model_name_or_path = name
+    folder = output / name
+    loaded.to(torch.float16).save_pretrained(folder, include_classifier=True)
+    for config in (folder / "config.json", folder / "classifier" / "config.json"):
+        facts = json.loads(config.read_text())
+        # Stored in half precision for size only: CPUs compute float32 faster and the target was trained in it.
+        facts["dtype"] = "float32"
+        facts.pop("_name_or_path", None)
+        config.write_text(json.dumps(facts, indent=2) + "\n")
+    size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
+    if size > LIMIT_BYTES:
+        raise SystemExit(f"The bundled weights have {size:,} bytes, more than the limit of {LIMIT_BYTES:,}.")
+    print(f"{folder}: {size:,} bytes of weights")
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--explainer", required=True)
+    parser.add_argument("--classifier", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--output", type=Path, default=BUNDLED)
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    bundle(args.explainer, args.classifier, args.name, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The bundled explainer: real weights on real photographs, without network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hf_aha
+from hf_aha import AhaExplainer
+from hf_aha.metrics import deletion_insertion_curves
+from hf_aha.perturbation import Normalization, reference_image
+
+
+BUNDLED = Path(hf_aha.__file__).parent / "bundled"
+PHOTOGRAPHS = sorted((BUNDLED / "photographs").glob("*.jpg"))
+
+
+@pytest.fixture(scope="module")
+def explainer() -> AhaExplainer:
+    return AhaExplainer.from_pretrained("imagenette-demo").eval()
+
+
+def test_weights_fit_the_limit_and_are_half_precision_safetensors():
+    weights = list(BUNDLED.rglob("*.safetensors"))
+    assert len(weights) == 2
+    assert sum(path.stat().st_size for path in weights) <= 24_000_000
+    assert not [path for path in BUNDLED.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
+
+
+def test_loads_in_float32_and_names_no_machine(explainer):
+    assert {p.dtype for p in explainer.parameters()} == {torch.float32}
+    assert explainer.config.includes_classifier
+    for path in BUNDLED.rglob("*.json"):
+        assert not [value for value in _strings(json.loads(path.read_text())) if value.startswith(("/", ".."))], path
+
+
+@pytest.mark.parametrize("path", PHOTOGRAPHS, ids=lambda path: path.stem)
+def test_predicts_the_class_of_each_photograph(explainer, path):
+    explanation = explainer.explain(path)
+    assert explanation.label.casefold().replace(" ", "-") == path.stem
+    assert explanation.scores.shape == (explanation.image.height, explanation.image.width)
+
+
+def test_maps_are_more_faithful_than_random_and_centred_ones(explainer):
+    """Mean insertion minus deletion over the photographs, both references."""
+    processor = explainer.image_processor
+    explanations = explainer.explain(list(PHOTOGRAPHS))
+    pixels = processor([e.image for e in explanations], return_tensors="pt")["pixel_values"]
+    norm = Normalization(explainer.config.image_mean, explainer.config.image_std)
+    with torch.no_grad():
+        output = explainer(pixels)
+    height, width = pixels.shape[-2:]
+    y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)[None]
+    rivals = {
+        "random": torch.rand(output.scores.shape, generator=torch.Generator().manual_seed(0)),
+        "centre": torch.exp(-2 * (y**2 + x**2)).expand(output.scores.shape),
+    }
+
+    def gap(scores: torch.Tensor, reference: torch.Tensor) -> float:
+        curves = deletion_insertion_curves(
+            lambda batch: explainer.classifier(batch).logits,
+            pixels,
+            reference,
+            scores,
+            output.target,
+            fractions=(0, 0.1, 0.2, 0.3, 0.5, 0.75, 1),
+        )
+        return float((curves.insertion_auc - curves.deletion_auc).mean())
+
+    for kind in ("blur", "mean"):
+        reference = norm.normalize(reference_image(norm.denormalize(pixels), kind))
+        ours = gap(output.scores, reference)
+        for name, scores in rivals.items():
+            assert ours > gap(scores, reference) + 0.1, (kind, name)
+
+
+def test_map_finds_the_object_where_two_photographs_share_one_image(explainer):
+    """Class conditioning: in a mosaic, each class's top pixels lie mostly in its own half."""
+    left = explainer.explain(BUNDLED / "photographs" / "english-springer.jpg")
+    right = explainer.explain(BUNDLED / "photographs" / "garbage-truck.jpg")
+    side = 160
+    mosaic = np.concatenate([np.asarray(e.image.resize((side, 2 * side))) for e in (left, right)], axis=1)
+    for explanation, half in ((left, slice(0, side)), (right, slice(side, 2 * side))):
+        scores = explainer.explain(mosaic, target=explanation.label).scores
+        top = scores >= np.nanquantile(scores, 0.8)
+        assert top[:, half].sum() > 0.65 * top.sum(), explanation.label
+
+
+def _strings(value: object) -> list[str]:
+    if isinstance(value, dict):
+        return [text for item in value.values() for text in _strings(item)]
+    if isinstance(value, list):
+        return [text for item in value for text in _strings(item)]
+    return [value] if isinstance(value, str) else []
