@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Hard deletion and insertion of an explainer beside random, centre, gradient x input and integrated gradients.
 
-    python benchmarks/faithfulness.py measure --explainer DIR_OR_ID --classifier DIR_OR_ID --dataset DIR_OR_ID --output R.jsonl
-    python benchmarks/faithfulness.py report R.jsonl --output docs/results.md
+    python benchmarks/faithfulness.py measure --explainer ID --classifier ID --dataset ID --output results.jsonl
+    python benchmarks/faithfulness.py report results.jsonl --output docs/results.md
 
-`measure` appends one line per image to a JSONL file (both curves of every method, reference and granularity) and goes on
-where it stopped. Run it with `--shard 0/2` and `--shard 1/2` into two files to use two processes, and give both to `report`.
-Gradient methods are those of captum (`pip install captum`).
+`measure` appends one line per image and method to a JSONL file (both curves for every reference and granularity) and
+goes on where it stopped. Work can be split into files by `--shard 0/2`, `--shard 1/2` and by `--methods`; give all files of
+one classifier to `report`. Gradient methods are captum's (`pip install captum`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -53,11 +53,10 @@ PASSES = {
 class Methods:
     """Every method as `(pixel_values (1, 3, H, W), target (1,)) -> scores (1, H, W)`, higher = more important."""
 
-    def __init__(self, explainer: AhaExplainer, seed: int):
+    def __init__(self, explainer: AhaExplainer):
         from captum.attr import InputXGradient, IntegratedGradients
 
         self.explainer = explainer
-        self.generator = torch.Generator().manual_seed(seed)
         self.normalization = Normalization(explainer.config.image_mean, explainer.config.image_std)
         self.perturbed_logits = self.logits
         self.input_x_gradient = InputXGradient(self.probability)
@@ -80,10 +79,10 @@ class Methods:
     def reference(self, pixel_values: torch.Tensor, kind: str) -> torch.Tensor:
         return self.normalization.normalize(reference_image(self.normalization.denormalize(pixel_values), kind))
 
-    def __call__(self, method: str, pixel_values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def __call__(self, method: str, pixel_values: torch.Tensor, target: torch.Tensor, seed: int) -> torch.Tensor:
         height, width = pixel_values.shape[-2:]
         if method == "random":
-            return torch.rand(1, height, width, generator=self.generator)
+            return torch.rand(1, height, width, generator=torch.Generator().manual_seed(seed))
         if method == "centre":
             y = (torch.arange(height) + 0.5) / height - 0.5
             x = (torch.arange(width) + 0.5) / width - 0.5
@@ -104,63 +103,75 @@ class Methods:
 
 
 def measure(args: argparse.Namespace) -> None:
-    explainer = AhaExplainer.from_pretrained(args.explainer, classifier=args.classifier, dtype=torch.float32).eval()
-    methods = Methods(explainer, args.seed)
+    if args.explainer is None:
+        if "aha" in args.methods:
+            raise SystemExit("The method aha needs --explainer.")
+        explainer = AhaExplainer.from_classifier(args.classifier)
+    else:
+        explainer = AhaExplainer.from_pretrained(args.explainer, classifier=args.classifier, dtype=torch.float32)
+    methods = Methods(explainer.eval())
     if args.compile:
         methods.compile()
     rows, column = load_photographs(args.dataset, split=args.split)
     rows = rows.shuffle(seed=args.seed).select(range(args.skip, args.skip + args.images))
     photographs = Photographs(rows, column, ProcessorCrop(explainer.image_processor))
     output = Path(args.output)
-    done = {json.loads(line)["image"] for line in output.read_text().splitlines()[1:]} if output.exists() else set()
-    if not done:
+    if not output.exists():
         output.write_text(json.dumps(describe(args, explainer)) + "\n")
+    entries = [json.loads(line) for line in output.read_text().splitlines()[1:]]
+    done = {(entry["image"], entry.get("method")) for entry in entries}
     part, parts = (int(number) for number in args.shard.split("/"))
-    todo = [index for index in range(part, args.images, parts) if index not in done]
-    for index in tqdm(todo, mininterval=10):
+    for index in tqdm(range(part, args.images, parts), mininterval=10):
+        todo = [method for method in args.methods if (index, method) not in done]
+        if not todo or (index, None) in done:
+            continue
         batch = collate([photographs[index]])
         if batch.errors:
-            entry = {"image": index, "error": batch.errors[0][1]}
+            found = [{"image": index, "error": batch.errors[0][1]}]
         else:
-            entry = {"image": index, **measure_image(methods, batch.pixel_values, index < args.cell_images)}
+            found = measure_image(methods, batch.pixel_values, todo, args.seed + index, index < args.cell_images)
+            found = [{"image": index, **entry} for entry in found]
         with output.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.writelines(json.dumps(entry) + "\n" for entry in found)
 
 
-def measure_image(methods: Methods, pixel_values: torch.Tensor, with_cells: bool) -> dict[str, object]:
+def measure_image(
+    methods: Methods, pixel_values: torch.Tensor, names: Sequence[str], seed: int, with_cells: bool
+) -> list[dict[str, object]]:
     with torch.no_grad():
         target = methods.logits(pixel_values).argmax(-1)
     references = {kind: methods.reference(pixel_values, kind) for kind in REFERENCES}
     levels: dict[str, tuple[int, int] | None] = {"pixel": None}
     if with_cells:
         levels["cells"] = methods.explainer.classifier.grid(*pixel_values.shape[-2:])
-    entry: dict[str, object] = {"target": int(target), "seconds": {}, "curves": {}}
-    for method in METHODS:
+    entries = []
+    for name in names:
         started = time.perf_counter()
-        scores = methods(method, pixel_values.clone(), target).float()
-        entry["seconds"][method] = round(time.perf_counter() - started, 4)
+        scores = methods(name, pixel_values.clone(), target, seed).float()
+        seconds = round(time.perf_counter() - started, 4)
+        measured = {}
         for kind, reference in references.items():
             for level, cells in levels.items():
                 curves = deletion_insertion_curves(
                     methods.perturbed_logits, pixel_values, reference, scores, target, cells=cells, max_batch=8
                 )
-                entry["curves"][f"{method}/{kind}/{level}"] = {
+                measured[f"{kind}/{level}"] = {
                     "deletion": [round(value, 5) for value in curves.deletion[0].tolist()],
                     "insertion": [round(value, 5) for value in curves.insertion[0].tolist()],
                 }
-    return entry
+        entries.append({"method": name, "target": int(target), "seconds": seconds, "curves": measured})
+    return entries
 
 
 def describe(args: argparse.Namespace, explainer: AhaExplainer) -> dict[str, object]:
+    """What the results page says about the run; folders of this machine are left out."""
     config = explainer.config
     return {
         "arguments": {
-            k: v
-            for k, v in vars(args).items()
-            if k not in ("run", "output", "shard", "dataset", "explainer", "classifier")
+            name: getattr(args, name) for name in ("split", "images", "skip", "cell_images", "seed", "compile")
         },
-        "dataset": Path(args.dataset).name if Path(args.dataset).exists() else args.dataset,
-        "explainer": Path(args.explainer).name if Path(args.explainer).exists() else args.explainer,
+        "dataset": Path(args.dataset).name,
+        "explainer": None if args.explainer is None else args.name or Path(args.explainer).name,
         "classifier": Path(str(args.classifier or config.base_model_name_or_path)).name,
         "image_size": list(config.image_size),
         "patch_size": list(config.patch_size),
@@ -178,23 +189,25 @@ def bootstrap(values: np.ndarray, seed: int, resamples: int = 2000) -> tuple[flo
     return float(values.mean()), *(float(bound) for bound in np.percentile(means, [2.5, 97.5]))
 
 
-def areas(entries: Sequence[dict], key: str) -> dict[str, np.ndarray]:
-    """Trapezoid areas on [0, 1] of both curves, and their difference, per image."""
-    area: Callable[[list[float]], float] = lambda curve: float(np.trapezoid(curve, FRACTIONS_21))  # noqa: E731
-    found = [entry["curves"][key] for entry in entries if key in entry.get("curves", {})]
-    deletion = np.array([area(curves["deletion"]) for curves in found])
-    insertion = np.array([area(curves["insertion"]) for curves in found])
-    return {"deletion": deletion, "insertion": insertion, "difference": insertion - deletion}
+def areas(entries: Sequence[dict], method: str, key: str) -> dict[str, np.ndarray]:
+    """Trapezoid areas on [0, 1] of both curves, and their difference, per image in ascending order."""
+    found = [entry["curves"][key] for entry in entries if entry["method"] == method and key in entry["curves"]]
+    area = {
+        name: np.array([np.trapezoid(curves[name], FRACTIONS_21) for curves in found])
+        for name in ("deletion", "insertion")
+    }
+    return {**area, "difference": area["insertion"] - area["deletion"]}
 
 
 def table(entries: Sequence[dict], kind: str, level: str, seed: int) -> str:
     lines = [
-        "| method | deletion (lower is better) | insertion (higher is better) | insertion - deletion | AHA minus this, paired |",
+        "| method | deletion (lower is better) | insertion (higher is better) | insertion - deletion "
+        "| AHA minus this, paired |",
         "|---|---|---|---|---|",
     ]
-    ours = areas(entries, f"aha/{kind}/{level}")["difference"]
+    ours = areas(entries, "aha", f"{kind}/{level}")["difference"]
     for method in METHODS:
-        found = areas(entries, f"{method}/{kind}/{level}")
+        found = areas(entries, method, f"{kind}/{level}")
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(found[name], seed)) for name in found]
         paired = (
             "-"
@@ -206,37 +219,51 @@ def table(entries: Sequence[dict], kind: str, level: str, seed: int) -> str:
 
 
 def section(files: Sequence[str]) -> str:
-    """One explainer's part of the results page."""
-    lines = [line for file in files for line in Path(file).read_text().splitlines()]
-    records = [json.loads(line) for line in lines]
-    head = next(record for record in records if "arguments" in record)
-    entries = sorted((record for record in records if "image" in record), key=lambda record: record["image"])
+    """One classifier's part of the results page.
+
+    Raises:
+        SystemExit: the files were measured on different photographs, or a method lacks some of them.
+    """
+    heads, entries = [], []
+    for file in files:
+        head, *rest = (json.loads(line) for line in Path(file).read_text().splitlines())
+        heads.append(head)
+        entries += rest
+    head = next(head for head in heads if head["explainer"] is not None)
+    protocol = {name: head["arguments"][name] for name in ("split", "images", "skip", "seed")}
+    for other in heads:
+        if any(other["arguments"][name] != value for name, value in protocol.items()):
+            raise SystemExit(f"The files of {head['classifier']} were measured on different photographs.")
     failed = [entry for entry in entries if "error" in entry]
-    entries = [entry for entry in entries if "error" not in entry]
-    seed, with_cells = head["arguments"]["seed"], sum("aha/blur/cells" in entry["curves"] for entry in entries)
+    entries = sorted((entry for entry in entries if "error" not in entry), key=lambda entry: entry["image"])
+    counts = {method: sum(entry["method"] == method for entry in entries) for method in METHODS}
+    if len(set(counts.values())) != 1:
+        raise SystemExit(f"The methods were measured on different numbers of photographs: {counts}.")
+    count = counts["aha"]
+    with_cells = sum(entry["method"] == "aha" and "blur/cells" in entry["curves"] for entry in entries)
+    seed, last = protocol["seed"], protocol["skip"] + protocol["images"] - 1
+    height, width = head["image_size"]
     training = head["training"] or {}
     parts = [
         f"## {head['explainer']}: explains {head['classifier']}",
-        f"{len(entries)} photographs of the split `{head['arguments']['split']}` of {head['dataset']} "
-        f"(shuffled with seed {seed}, rows {head['arguments']['skip']} to {head['arguments']['skip'] + head['arguments']['images'] - 1}; "
-        f"{len(failed)} unreadable), {head['image_size'][0]} x {head['image_size'][1]} px, the classifier's own processor, "
+        f"{count} photographs of the split `{protocol['split']}` of {head['dataset']} (shuffled with seed {seed}, rows "
+        f"{protocol['skip']} to {last}; {len(failed)} unreadable), {height} x {width} px, the classifier's own processor, "
         f"predicted class, softmax probability. The decoder has {head['decoder_parameters']:,} weights and saw "
         f"{training.get('images_seen', 0):,} crops in its last training stage.",
     ]
-    for level, name, count in (
-        ("pixel", "Pixels", len(entries)),
+    for level, name, number in (
+        ("pixel", "Pixels", count),
         ("cells", f"Patch cells ({head['patch_size'][0]} px)", with_cells),
     ):
         for kind in REFERENCES:
-            if count:
-                parts.append(
-                    f"### {name}, {kind} reference ({count} photographs)\n\n{table(entries, kind, level, seed)}"
-                )
-    seconds = {m: float(np.median([entry["seconds"][m] for entry in entries])) for m in METHODS}
+            if number:
+                title = f"### {name}, {kind} reference ({number} photographs)"
+                parts.append(f"{title}\n\n{table(entries, kind, level, seed)}")
+    seconds = {m: float(np.median([entry["seconds"] for entry in entries if entry["method"] == m])) for m in METHODS}
     parts.append(
         "### Cost of one map\n\n| method | passes of the classifier | median seconds |\n|---|---|---|\n"
         + "\n".join(f"| {NAMES[m]} | {PASSES[m]} | {seconds[m]:.3f} |" for m in METHODS)
-        + f"\n\nOne image at a time, bfloat16 autocast, {head['machine']}; "
+        + f"\n\nOne image at a time, bfloat16 autocast, {head['machine']}, on a busy machine; "
         + ", ".join(f"{name} {number}" for name, number in head["versions"].items())
         + "."
     )
@@ -245,23 +272,23 @@ def section(files: Sequence[str]) -> str:
 
 INTRODUCTION = """# Results
 
-Written by `python benchmarks/faithfulness.py report`; do not edit by hand. Deletion and insertion with hard masks, 21 points
-(0, 5, ..., 100 % of the pixels or cells), the most important first, equal scores by lowest index; areas by the trapezoid
-rule on [0, 1]. References: *blur*, a Gaussian of sigma 5 % of the side; *mean*, the ImageNet mean colour. Brackets hold 95 %
-percentile bootstrap intervals over images (2,000 resamples); the last column pairs the images. Gradient methods are captum's
-and differentiate the class probability; channels are summed with their sign.
+Written by `python benchmarks/faithfulness.py report`; do not edit by hand. Deletion and insertion with hard masks, 21
+points (0, 5, ..., 100 % of the pixels or cells), the most important first, equal scores by lowest index; areas by the
+trapezoid rule on [0, 1]. References: *blur*, a Gaussian of sigma 5 % of the side; *mean*, the ImageNet mean colour.
+Brackets hold 95 % percentile bootstrap intervals over images (2,000 resamples); the last column pairs the images.
+Gradient methods are captum's and differentiate the class probability; channels are summed with their sign.
 
 The explainers were trained on deletion and insertion with these two references, so these tables measure what they were
-trained for, on photographs they did not see. Masks of single pixels also reward maps that are adversarial noise to the eye;
-patch cells do so less.
+trained for, on photographs they did not see. Masks of single pixels also reward maps that look like noise; patch cells do
+so less.
 """
 
 
 def report(args: argparse.Namespace) -> None:
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for file in args.files:
         head = json.loads(Path(file).read_text().splitlines()[0])
-        groups.setdefault((head["explainer"], head["classifier"]), []).append(file)
+        groups.setdefault(head["classifier"], []).append(file)
     text = "\n\n".join([INTRODUCTION.rstrip(), *(section(files) for files in groups.values())])
     if args.notes:
         text += "\n\n" + Path(args.notes).read_text().rstrip()
@@ -272,17 +299,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("measure")
-    one.add_argument("--explainer", required=True)
-    one.add_argument("--classifier", default=None)
+    one.add_argument("--explainer", help="needed by the method aha")
+    one.add_argument("--classifier", help="default: the one the explainer names")
+    one.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    one.add_argument("--name", help="what the results page calls the explainer")
     one.add_argument("--dataset", required=True)
     one.add_argument("--split", default="validation")
     one.add_argument("--images", type=int, default=500)
     one.add_argument("--skip", type=int, default=1000, help="the trainer validates on the first rows of this order")
     one.add_argument("--cell-images", type=int, default=100, help="patch cells are measured on this many images")
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument(
-        "--compile", action="store_true", help="compile the target passes (torch.compile, needs a compiler)"
-    )
+    one.add_argument("--compile", action="store_true", help="torch.compile the perturbed passes")
     one.add_argument("--shard", default="0/1")
     one.add_argument("--output", required=True)
     one.set_defaults(run=measure)

@@ -152,7 +152,7 @@ class AttributionDecoder(nn.Module):
             pixel = _convolve_float32(self.pixel_score, half)
             coarse = _convolve_float32(self.grid_score, grid)
             height, width = features.size
-            pixel = F.pixel_shuffle(pixel, 2)[..., :height, :width]
+            pixel = _smooth(F.pixel_shuffle(pixel, 2)[..., :height, :width])
             return (pixel + _resize(coarse, features.size))[:, 0]
 
     def forward(
@@ -164,6 +164,22 @@ class AttributionDecoder(nn.Module):
 
 def _resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _smooth(scores: torch.Tensor) -> torch.Tensor:
+    """Binomial filter [1 2 1]/4 along both sides of (B, 1, H, W), borders replicated.
+
+    It is zero at the period of two pixels. Without it the decoder learns to dither: revealing every other pixel keeps an
+    object recognisable, which the metrics reward although it explains nothing.
+    """
+    for dim in (-2, -1):
+        padding = (0, 0, 1, 1) if dim == -2 else (1, 1, 0, 0)
+        padded = F.pad(scores, padding, mode="replicate")
+        length = scores.shape[dim]
+        scores = (
+            padded.narrow(dim, 0, length) + 2 * padded.narrow(dim, 1, length) + padded.narrow(dim, 2, length)
+        ) / 4
+    return scores
 
 
 def _convolve_float32(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Pack a trained explainer and its classifier as half-precision safetensors, loaded in float32, to ship with the package.
+"""Pack a trained explainer and its classifier to ship with the package: half-precision safetensors, loaded in float32.
 
-    python recipes/bundle.py --explainer runs/imagenette-demo/explainer/final --classifier runs/imagenette-demo/target \
-        --name imagenette-demo
+    python recipes/bundle.py --explainer runs/imagenette-demo/explainer/final \\
+        --classifier runs/imagenette-demo/target --name imagenette-demo
 """
 
 from __future__ import annotations

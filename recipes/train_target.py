@@ -125,8 +125,8 @@ def shallower_copy(
 def finished_copy(model: PreTrainedModel, args: TargetArguments) -> PreTrainedModel:
     """The model as it is measured and saved, for images of `final_image_size`.
 
-    Random crops show objects larger than whole photographs do, so a size above that of training suits photographs better
-    (Touvron et al., https://arxiv.org/abs/1906.06423).
+    Random crops show objects larger than whole photographs do, so a size above that of training suits photographs
+    better (Touvron et al., https://arxiv.org/abs/1906.06423).
     """
     if args.final_image_size in (None, args.image_size):
         return copy.deepcopy(model)

@@ -165,3 +165,14 @@ def test_the_decoder_is_light_beside_vit_base():
         decoder([torch.zeros(1, 14, 14, 768)] * 4, torch.zeros(1, 3, 224, 224), torch.zeros(1, 768))
     assert of_classifier.get_total_flops() > 30e9, "the counter has missed the classifier"
     assert 0 < of_decoder.get_total_flops() <= 0.1 * of_classifier.get_total_flops()
+
+
+def test_scores_cannot_dither():
+    """Patterns with a period of two pixels, which faithfulness metrics reward, are filtered out; flat ones are kept."""
+    from hf_aha.decoder_aha import _smooth
+
+    rows, columns = torch.meshgrid(torch.arange(12), torch.arange(10), indexing="ij")
+    for pattern in (rows % 2, columns % 2, (rows + columns) % 2):
+        smoothed = _smooth(pattern.float()[None, None])[0, 0, 1:-1, 1:-1]
+        assert torch.allclose(smoothed, torch.full_like(smoothed, 0.5))
+    assert torch.equal(_smooth(torch.full((1, 1, 3, 5), 2.0)), torch.full((1, 1, 3, 5), 2.0))
