@@ -22,7 +22,7 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## explain a bundled photograph with the bundled explainer; writes demo-output/
-	@"$(BIN)/hf-aha" explain hf_aha/bundled/photographs/english-springer.jpg \
+	@"$(BIN)/hf-aha" explain hf_aha/bundled/photographs/golf-ball.jpg \
 		--explainer imagenette-demo --output $(DEMO_OUTPUT)
 
 test: $(STAMP) ## the tests that need neither network, accelerator nor patience

@@ -5,8 +5,8 @@
     python benchmarks/faithfulness.py report results.jsonl --output docs/results.md
 
 `measure` appends one line per image and method to a JSONL file (both curves for every reference and granularity) and
-goes on where it stopped. Work can be split into files by `--shard 0/2`, `--shard 1/2` and by `--methods`; give all files of
-one classifier to `report`. Gradient methods are captum's (`pip install captum`).
+goes on where it stopped. Work can be split into files by `--shard 0/2`, `--shard 1/2` and by `--methods`; give all
+files of one classifier to `report`. Gradient methods are captum's (`pip install captum`).
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def section(files: Sequence[str]) -> str:
     """One classifier's part of the results page.
 
     Raises:
-        SystemExit: the files were measured on different photographs, or a method lacks some of them.
+        SystemExit: the files were measured on different photographs.
     """
     heads, entries = [], []
     for file in files:
@@ -236,20 +236,23 @@ def section(files: Sequence[str]) -> str:
             raise SystemExit(f"The files of {head['classifier']} were measured on different photographs.")
     failed = [entry for entry in entries if "error" in entry]
     entries = sorted((entry for entry in entries if "error" not in entry), key=lambda entry: entry["image"])
-    counts = {method: sum(entry["method"] == method for entry in entries) for method in METHODS}
-    if len(set(counts.values())) != 1:
-        raise SystemExit(f"The methods were measured on different numbers of photographs: {counts}.")
-    count = counts["aha"]
+    measured = {method: {entry["image"] for entry in entries if entry["method"] == method} for method in METHODS}
+    # Methods are compared on the same photographs only.
+    common = set.intersection(*measured.values())
+    left_out = len(set.union(*measured.values())) - len(common)
+    entries = [entry for entry in entries if entry["image"] in common]
+    count = len(common)
     with_cells = sum(entry["method"] == "aha" and "blur/cells" in entry["curves"] for entry in entries)
     seed, last = protocol["seed"], protocol["skip"] + protocol["images"] - 1
     height, width = head["image_size"]
     training = head["training"] or {}
     parts = [
         f"## {head['explainer']}: explains {head['classifier']}",
-        f"{count} photographs of the split `{protocol['split']}` of {head['dataset']} (shuffled with seed {seed}, rows "
-        f"{protocol['skip']} to {last}; {len(failed)} unreadable), {height} x {width} px, the classifier's own processor, "
-        f"predicted class, softmax probability. The decoder has {head['decoder_parameters']:,} weights and saw "
-        f"{training.get('images_seen', 0):,} crops in its last training stage.",
+        f"{count} photographs of the split `{protocol['split']}` of {head['dataset']} (shuffled with seed {seed}, "
+        f"rows {protocol['skip']} to {last}; {len(failed)} unreadable, {left_out} left out because not every method "
+        f"was measured on them), {height} x {width} px, the classifier's own processor, predicted class, softmax "
+        f"probability. The decoder has {head['decoder_parameters']:,} weights and saw "
+        f"{training.get('images_seen', 0):,} crops in training.",
     ]
     for level, name, number in (
         ("pixel", "Pixels", count),
@@ -279,8 +282,8 @@ Brackets hold 95 % percentile bootstrap intervals over images (2,000 resamples);
 Gradient methods are captum's and differentiate the class probability; channels are summed with their sign.
 
 The explainers were trained on deletion and insertion with these two references, so these tables measure what they were
-trained for, on photographs they did not see. Masks of single pixels also reward maps that look like noise; patch cells do
-so less.
+trained for, on photographs they did not see. Masks of single pixels also reward maps that look like noise; patch
+cells do so less.
 """
 
 

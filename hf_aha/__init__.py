@@ -27,8 +27,10 @@ __all__ = [
     "SinkhornRanker",
     "TransportRanker",
     "UnsupportedClassifierError",
+    "VisualAttributionPipeline",
     "__version__",
     "hard_ranks",
+    "pipeline",
     "read_image",
 ]
 
@@ -50,7 +52,9 @@ _MODULE_OF = {
     "SinkhornRanker": "ranking",
     "TransportRanker": "ranking",
     "UnsupportedClassifierError": "classifier_aha",
+    "VisualAttributionPipeline": "pipelines",
     "hard_ranks": "ranking",
+    "pipeline": "pipelines",
     "read_image": "images",
 }
 
@@ -62,6 +66,7 @@ if TYPE_CHECKING:
     from .geometry import InputGeometry
     from .images import ImageReadError, read_image
     from .modeling_aha import AhaExplainer, AhaOutput, ClassifierMismatchError
+    from .pipelines import VisualAttributionPipeline, pipeline
     from .ranking import QuantileRanker, SinkhornRanker, TransportRanker, hard_ranks
     from .trainer import AhaTrainer
     from .training_args import AhaTrainingArguments

@@ -12,7 +12,7 @@ from PIL import Image
 
 from .geometry import InputGeometry
 from .images import ImageSource, read_image
-from .modeling_aha import AhaExplainer
+from .modeling_aha import AhaExplainer, AhaOutput
 from .visualization import explanation_sheet, heatmap, overlay
 
 
@@ -29,6 +29,8 @@ class Explanation:
         predicted_target, predicted_label, predicted_probability: the same of the most probable class.
         scores: (H, W) float32 in the photograph's own pixels; higher = more important, only the order counts; NaN
             where the classifier did not look (outside its crop).
+        refinement: None, or what test-time refinement did to the map: `steps`, `passes` of the classifier, `value`
+            (insertion area minus deletion area) and `initial_value` without it, and `gain`, their difference.
     """
 
     image: Image.Image
@@ -39,6 +41,7 @@ class Explanation:
     predicted_label: str
     predicted_probability: float
     scores: np.ndarray
+    refinement: dict[str, int | float] | None = None
 
     @property
     def title(self) -> str:
@@ -69,6 +72,7 @@ def explain(
     *,
     top_k: int = 1,
     batch_size: int = 8,
+    refine: int = 0,
 ) -> Explanation | list[Explanation] | list[list[Explanation]]:
     """The work behind [`AhaExplainer.explain`], where arguments, results and errors are described."""
     if explainer.image_processor is None:
@@ -79,6 +83,8 @@ def explain(
     sources = [images] if single else list(images)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, but it is {batch_size}.")
+    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
+        raise ValueError(f"refine must be a number of steps, 0 or more, but it is {refine!r}.")
     if not 1 <= top_k <= explainer.config.num_labels:
         raise ValueError(
             f"top_k must lie in 1..{explainer.config.num_labels}, the number of classes, but it is {top_k}."
@@ -90,24 +96,27 @@ def explain(
     for start in range(0, len(sources), batch_size):
         photographs = [read_image(source) for source in sources[start : start + batch_size]]
         wanted = None if targets is None else targets[start : start + batch_size]
-        results += _explain_batch(explainer, photographs, wanted, top_k)
+        results += _explain_batch(explainer, photographs, wanted, top_k, refine)
     if top_k == 1:
         results = [explanations[0] for explanations in results]
     return results[0] if single else results
 
 
 def _explain_batch(
-    explainer: AhaExplainer, photographs: list[Image.Image], targets: list[int] | None, top_k: int
+    explainer: AhaExplainer, photographs: list[Image.Image], targets: list[int] | None, top_k: int, refine: int
 ) -> list[list[Explanation]]:
     # One by one: processors that keep the aspect ratio give inputs of several sizes, which no batch can hold.
     inputs = [explainer.image_processor([image], return_tensors="pt")["pixel_values"] for image in photographs]
     if len({pixel_values.shape for pixel_values in inputs}) > 1:
         return [
-            _explain_batch(explainer, [image], None if targets is None else [targets[row]], top_k)[0]
+            _explain_batch(explainer, [image], None if targets is None else [targets[row]], top_k, refine)[0]
             for row, image in enumerate(photographs)
         ]
     pixel_values = torch.cat(inputs).to(explainer.device)
-    if targets is not None:
+    refinements: list[dict[str, int | float] | None] = [None] * (len(pixel_values) * top_k)
+    if refine:
+        output, refinements = _refined(explainer, pixel_values, targets, top_k, refine)
+    elif targets is not None:
         output = explainer(pixel_values, torch.tensor(targets, device=explainer.device)[:, None])
     elif top_k == 1:
         output = explainer(pixel_values)
@@ -118,15 +127,43 @@ def _explain_batch(
     classes, scores = output.target.cpu(), output.scores.float().cpu()
     return [
         [
-            _explanation(explainer, photograph, int(index), probability[row], scores[row, place])
+            _explanation(
+                explainer,
+                photograph,
+                int(index),
+                probability[row],
+                scores[row, place],
+                refinements[row * top_k + place],
+            )
             for place, index in enumerate(classes[row])
         ]
         for row, photograph in enumerate(photographs)
     ]
 
 
+def _refined(
+    explainer: AhaExplainer, pixel_values: torch.Tensor, targets: list[int] | None, top_k: int, steps: int
+) -> tuple[AhaOutput, list[dict[str, int | float]]]:
+    """Refined maps (B, top_k, H, W), and for each of the B * top_k maps what refinement did."""
+    target = None if targets is None else torch.tensor(targets, device=explainer.device)
+    if top_k > 1:
+        target = explainer.explain_top(pixel_values, top_k).target.flatten()
+        pixel_values = pixel_values.repeat_interleave(top_k, dim=0)
+    refined = explainer.refine(pixel_values, target, steps=steps)
+    facts = {"steps": refined.steps_taken, "passes": refined.passes, "value": refined.value}
+    facts |= {"initial_value": refined.initial_value, "gain": refined.gain}
+    scores, target = (tensor.unflatten(0, (-1, top_k)) for tensor in (refined.scores, refined.target))
+    output = AhaOutput(scores=scores, logits=refined.logits[::top_k], target=target)
+    return output, [{name: fact[row].item() for name, fact in facts.items()} for row in range(len(pixel_values))]
+
+
 def _explanation(
-    explainer: AhaExplainer, photograph: Image.Image, target: int, probability: torch.Tensor, scores: torch.Tensor
+    explainer: AhaExplainer,
+    photograph: Image.Image,
+    target: int,
+    probability: torch.Tensor,
+    scores: torch.Tensor,
+    refinement: dict[str, int | float] | None,
 ) -> Explanation:
     geometry = InputGeometry.from_processor(explainer.image_processor, (photograph.height, photograph.width))
     predicted = int(probability.argmax())
@@ -140,6 +177,7 @@ def _explanation(
         predicted_label=labels[predicted],
         predicted_probability=float(probability[predicted]),
         scores=geometry.to_original(scores).numpy(),
+        refinement=refinement,
     )
 
 

@@ -75,6 +75,7 @@ class AhaExplainer(PreTrainedModel):
     config_class = AhaConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
+    input_modalities = ("image",)
     _no_split_modules = ["AttributionDecoder"]
 
     def __init__(self, config: AhaConfig):
@@ -452,6 +453,7 @@ class AhaExplainer(PreTrainedModel):
         *,
         top_k: int = 1,
         batch_size: int = 8,
+        refine: int = 0,
     ) -> Any:
         """Explain photographs as they are: read, processed, scored, and mapped back to their own pixels.
 
@@ -460,6 +462,7 @@ class AhaExplainer(PreTrainedModel):
             target: class index or label for all images, or one an image; the predicted class when left out.
             top_k: explain this many of the most probable classes instead; not together with `target`.
             batch_size: images a forward pass.
+            refine: steps of test-time refinement on each map, as `refine` does by default; many more passes.
 
         Returns:
             an [`Explanation`] for one image, a list of them for a list; with `top_k` > 1 a list of them an image.
@@ -469,11 +472,43 @@ class AhaExplainer(PreTrainedModel):
             ImageReadError: an image cannot be read.
             ValueError: an unknown label (near ones are suggested), a class out of range, a list of the wrong length.
         """
-        try:
-            module = importlib.import_module("hf_aha.explanation")
-        except ImportError as error:
-            raise ImportError("explain() needs the hf_aha package: pip install hf-aha.") from error
-        return module.explain(self, images, target, top_k=top_k, batch_size=batch_size)
+        module = _import_package_module("explanation", "explain")
+        return module.explain(self, images, target, top_k=top_k, batch_size=batch_size, refine=refine)
+
+    def refine(
+        self,
+        pixel_values: torch.Tensor,
+        target: torch.Tensor | int | None = None,
+        *,
+        steps: int = 10,
+        reference: str = "blur",
+        scope: str = "scores",
+        learning_rate: float | None = None,
+        curve_points: int = 9,
+        tolerance: float | None = None,
+        max_passes: int | None = None,
+        seed: int = 0,
+        max_batch: int = 40,
+    ) -> Any:
+        """Improve the maps of single images on their own deletion and insertion curves; never worse than `forward`.
+
+        Arguments, errors and the returned `RefinementOutput` are described at `hf_aha.refinement.refine`. (`Any` in
+        the signature, because this file must not import the package.)
+        """
+        return _import_package_module("refinement", "refine").refine(
+            self,
+            pixel_values,
+            target,
+            steps=steps,
+            reference=reference,
+            scope=scope,
+            learning_rate=learning_rate,
+            curve_points=curve_points,
+            tolerance=tolerance,
+            max_passes=max_passes,
+            seed=seed,
+            max_batch=max_batch,
+        )
 
     def class_index(self, target: int | str) -> int:
         """The index of a class given by index or label; labels match without regard to case.
@@ -554,6 +589,14 @@ class AhaExplainer(PreTrainedModel):
                 "No classifier is attached: call attach(classifier), or load with load_classifier=True."
             )
         return self.classifier
+
+
+def _import_package_module(name: str, method: str) -> Any:
+    # By name and on use: as custom code of a Hub repository this file runs without the package.
+    try:
+        return importlib.import_module(f"hf_aha.{name}")
+    except ImportError as error:
+        raise ImportError(f"{method}() needs the hf_aha package: pip install hf-aha.") from error
 
 
 def _check_finite(pixel_values: torch.Tensor) -> None:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -15,29 +16,35 @@ from pathlib import Path
 
 import torch
 
-from hf_aha import AhaExplainer
+from hf_aha import AhaExplainer, AhaTrainingArguments
 
 
 BUNDLED = Path(__file__).parent.parent / "hf_aha" / "bundled"
 LIMIT_BYTES = 24_000_000
 
 
-def bundle(explainer: str, classifier: str, name: str, output: Path = BUNDLED) -> Path:
+def bundle(
+    explainer: str, classifier: str, name: str, *, include_classifier: bool = True, output: Path = BUNDLED
+) -> Path:
     """Write OUTPUT/NAME and return it.
 
     Raises:
         SystemExit: everything bundled together would exceed 24 MB.
     """
     loaded = AhaExplainer.from_pretrained(explainer, classifier=classifier, dtype=torch.float32)
-    # A folder of one machine means nothing on another: the classifier travels along.
+    # A folder of one machine means nothing on another: the classifier travels along, or is given with classifier=...
     loaded.config.base_model_name_or_path = name
     folder = output / name
-    loaded.to(torch.float16).save_pretrained(folder, include_classifier=True)
-    for config in (folder / "config.json", folder / "classifier" / "config.json"):
+    loaded.to(torch.float16).save_pretrained(folder, include_classifier=include_classifier)
+    for config in folder.rglob("config.json"):
         facts = json.loads(config.read_text())
         # Stored in half precision for size only: CPUs compute float32 faster and the target was trained in it.
         facts["dtype"] = "float32"
         facts.pop("_name_or_path", None)
+        # Settings of the recipe itself may hold folders of this machine.
+        settings = (facts.get("training") or {}).get("arguments", {})
+        for name in settings.keys() - {field.name for field in dataclasses.fields(AhaTrainingArguments)}:
+            del settings[name]
         config.write_text(json.dumps(facts, indent=2) + "\n")
     size = sum(path.stat().st_size for path in output.rglob("*.safetensors"))
     if size > LIMIT_BYTES:
@@ -51,9 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--explainer", required=True)
     parser.add_argument("--classifier", required=True)
     parser.add_argument("--name", required=True)
+    parser.add_argument("--without-classifier", action="store_true", help="bundle the decoder alone")
     parser.add_argument("--output", type=Path, default=BUNDLED)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    bundle(args.explainer, args.classifier, args.name, args.output)
+    bundle(
+        args.explainer, args.classifier, args.name, include_classifier=not args.without_classifier, output=args.output
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train an explainer for an image classifier.
 
-    accelerate launch recipes/train_explainer.py recipes/vit-s14-imagenette/stage-1.yaml --classifier DIR_OR_ID \
+    accelerate launch recipes/train_explainer.py recipes/vit-s14-imagenette/explainer.yaml --classifier DIR_OR_ID \
         --dataset DIR_OR_ID
 
 Any setting of the YAML file can be overridden on the command line. The trained explainer lies in OUTPUT_DIR/final, in

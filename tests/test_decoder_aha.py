@@ -168,7 +168,7 @@ def test_the_decoder_is_light_beside_vit_base():
 
 
 def test_scores_cannot_dither():
-    """Patterns with a period of two pixels, which faithfulness metrics reward, are filtered out; flat ones are kept."""
+    """Patterns with a period of two pixels, which the metrics reward, are filtered out; flat ones are kept."""
     from hf_aha.decoder_aha import _smooth
 
     rows, columns = torch.meshgrid(torch.arange(12), torch.arange(10), indexing="ij")

@@ -40,6 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--top-k", type=_positive, default=1, metavar="N", help="explain the N most probable classes (default: 1)"
     )
+    group.add_argument(
+        "--refine",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="improve each map by N steps on its own deletion and insertion curves; many more passes of the "
+        "classifier (default: none)",
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output", type=Path, default=Path("explanations"), metavar="DIR", help="folder (default: %(default)s)"
@@ -174,6 +182,7 @@ class ExplanationFiles:
             "probability": float(explanation.probability),
             "predicted_label": explanation.predicted_label,
             "predicted_probability": float(explanation.predicted_probability),
+            **({} if explanation.refinement is None else {"refinement": explanation.refinement}),
             "written": [path.name for path in paths.values()],
             **self.record,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -214,7 +223,11 @@ def _explain_batch(
         return []
     try:
         found = explainer.explain(
-            list(images.values()), target, top_k=arguments.top_k, batch_size=arguments.batch_size
+            list(images.values()),
+            target,
+            top_k=arguments.top_k,
+            batch_size=arguments.batch_size,
+            refine=arguments.refine,
         )
     except torch.OutOfMemoryError as error:
         raise CommandError(
@@ -239,6 +252,8 @@ def _line(source: Path | str, explanation: Explanation, paths: list[Path]) -> st
     answer = f"{explanation.label} {explanation.probability:.2f}"
     if explanation.label != explanation.predicted_label:
         answer += f" (predicted: {explanation.predicted_label} {explanation.predicted_probability:.2f})"
+    if explanation.refinement is not None:
+        answer += ", refined: insertion - deletion {initial_value:.3f} to {value:.3f}".format(**explanation.refinement)
     return f"{name}: {answer} -> {paths[0]}"
 
 
