@@ -193,7 +193,9 @@ def areas(entries: Sequence[dict], method: str, key: str) -> dict[str, np.ndarra
     """Trapezoid areas on [0, 1] of both curves, and their difference, per image in ascending order."""
     found = [entry["curves"][key] for entry in entries if entry["method"] == method and key in entry["curves"]]
     area = {
-        name: np.array([np.trapezoid(curves[name], FRACTIONS_21) for curves in found])
+        name: torch.trapezoid(
+            torch.tensor([curves[name] for curves in found]), torch.tensor(FRACTIONS_21), dim=1
+        ).numpy()
         for name in ("deletion", "insertion")
     }
     return {**area, "difference": area["insertion"] - area["deletion"]}
@@ -240,6 +242,7 @@ def section(files: Sequence[str]) -> str:
     # Methods are compared on the same photographs only.
     common = set.intersection(*measured.values())
     left_out = len(set.union(*measured.values())) - len(common)
+    ours = {kind: areas(entries, "aha", f"{kind}/pixel")["difference"] for kind in REFERENCES}
     entries = [entry for entry in entries if entry["image"] in common]
     count = len(common)
     with_cells = sum(entry["method"] == "aha" and "blur/cells" in entry["curves"] for entry in entries)
@@ -254,6 +257,11 @@ def section(files: Sequence[str]) -> str:
         f"probability. The decoder has {head['decoder_parameters']:,} weights and saw "
         f"{training.get('images_seen', 0):,} crops in training.",
     ]
+    if left_out:
+        alone = ", ".join(
+            "{:.3f} [{:.3f}, {:.3f}] with {}".format(*bootstrap(values, seed), kind) for kind, values in ours.items()
+        )
+        parts.append(f"AHA alone on all {len(ours['blur'])} photographs, pixels, insertion - deletion: {alone}.")
     for level, name, number in (
         ("pixel", "Pixels", count),
         ("cells", f"Patch cells ({head['patch_size'][0]} px)", with_cells),

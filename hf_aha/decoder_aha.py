@@ -153,7 +153,7 @@ class AttributionDecoder(nn.Module):
             pixel = _convolve_float32(self.pixel_score, half)
             coarse = _convolve_float32(self.grid_score, grid)
             height, width = features.size
-            pixel = _smooth(F.pixel_shuffle(pixel, 2)[..., :height, :width])
+            pixel = _smooth(F.pixel_shuffle(pixel.contiguous(), 2)[..., :height, :width])
             return _resize(coarse, features.size).add_(pixel)[:, 0]
 
     def forward(

@@ -431,10 +431,17 @@ class AhaExplainer(PreTrainedModel):
     def _explain_features(
         self, tokens: Sequence[torch.Tensor], logits: torch.Tensor, pixel_values: torch.Tensor, target: torch.Tensor
     ) -> AhaOutput:
-        features = self.decoder.encode(tokens, pixel_values)
-        if target.ndim == 2:
-            features = features.repeat(target.shape[1])
-        scores = self.decoder.decode(features, self.classifier.class_vectors(target.flatten()))
+        # On a CPU a few images at a time: the fine maps of a whole batch fall out of the cache, and take memory.
+        batch = len(pixel_values)
+        step = 4 if pixel_values.device.type == "cpu" else max(batch, 1)
+        parts = []
+        for start in range(0, max(batch, 1), step):
+            rows = slice(start, start + step)
+            features = self.decoder.encode([layer[rows] for layer in tokens], pixel_values[rows])
+            if target.ndim == 2:
+                features = features.repeat(target.shape[1])
+            parts.append(self.decoder.decode(features, self.classifier.class_vectors(target[rows].flatten())))
+        scores = torch.cat(parts)
         return AhaOutput(scores=scores.unflatten(0, target.shape), logits=logits, target=target)
 
     def features(self, pixel_values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:

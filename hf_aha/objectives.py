@@ -73,7 +73,7 @@ class FaithfulnessObjective:
 
     ranker: str = "quantile"
     num_bins: int = 20
-    curve_points: int = 2
+    curve_points: int = 4
     straight_through: bool = True
     noise: float = 0.0
     pixel_share: float = 0.5

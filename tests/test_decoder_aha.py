@@ -106,7 +106,7 @@ def test_features_are_computed_once_for_several_classes():
     tokens, pixels, _ = make_inputs(batch=3)
     vectors = torch.randn(3, 4, 10)
     calls = []
-    decoder.half_stem.register_forward_hook(lambda *_: calls.append(1))
+    decoder.quarter_stem.register_forward_hook(lambda *_: calls.append(1))
     features = decoder.encode(tokens, pixels)
     before = [features.grid.clone(), features.quarter.clone(), features.half.clone()]
     scores = decoder.decode(features.repeat(4), vectors.flatten(0, 1)).unflatten(0, (3, 4))
