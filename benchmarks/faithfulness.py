@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gzip
 import json
 import os
 import platform
@@ -182,6 +183,12 @@ def describe(args: argparse.Namespace, explainer: AhaExplainer) -> dict[str, obj
     }
 
 
+def read_lines(file: str) -> list[dict]:
+    """Every line of a results file, `.jsonl` or `.jsonl.gz`; the first describes the run."""
+    text = gzip.decompress(Path(file).read_bytes()).decode() if file.endswith(".gz") else Path(file).read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def bootstrap(values: np.ndarray, seed: int, resamples: int = 2000) -> tuple[float, float, float]:
     """Mean and 95% percentile interval over images."""
     generator = np.random.default_rng(seed)
@@ -228,7 +235,7 @@ def section(files: Sequence[str]) -> str:
     """
     heads, entries = [], []
     for file in files:
-        head, *rest = (json.loads(line) for line in Path(file).read_text().splitlines())
+        head, *rest = read_lines(file)
         heads.append(head)
         entries += rest
     head = next(head for head in heads if head["explainer"] is not None)
@@ -298,7 +305,7 @@ cells do so less.
 def report(args: argparse.Namespace) -> None:
     groups: dict[str, list[str]] = {}
     for file in args.files:
-        head = json.loads(Path(file).read_text().splitlines()[0])
+        head = read_lines(file)[0]
         groups.setdefault(head["classifier"], []).append(file)
     text = "\n\n".join([INTRODUCTION.rstrip(), *(section(files) for files in groups.values())])
     if args.notes:
