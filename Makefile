@@ -14,12 +14,13 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCH_STAMP := .venv-bench/.installed
 DEMO_OUTPUT := demo-output
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint format bench-env bench clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## explain a bundled photograph with the bundled explainer; writes demo-output/
 	@"$(BIN)/hf-aha" explain hf_aha/bundled/photographs/golf-ball.jpg \
@@ -31,6 +32,10 @@ test: $(STAMP) ## the tests that need neither network, accelerator nor patience
 test-slow: $(STAMP) ## the slow tests as well
 	$(BIN)/python -m pytest -m "not gpu and not hub and not bench" $(PYTEST_ARGS)
 
+test-transformers: .venv-oldest/.installed .venv-newest/.installed ## the model on the oldest and newest transformers
+	$(call test_model,.venv-oldest)
+	$(call test_model,.venv-newest)
+
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,11 +44,13 @@ format: $(STAMP) ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv-bench/.installed ## the tests of the baselines, in an environment of their own
+bench-env: $(BENCH_STAMP) ## .venv-bench: other libraries' methods and metrics; torch with CUDA takes 6 GB
+
+bench: $(BENCH_STAMP) ## the tests of the baselines and of agreement with other libraries
 	.venv-bench/bin/python -m pytest -m bench $(PYTEST_ARGS)
 
 clean: ## remove the environments and everything that was made from the sources
-	rm -rf .venv .venv-bench $(DEMO_OUTPUT) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-oldest .venv-newest $(DEMO_OUTPUT) build dist *.egg-info .pytest_cache .ruff_cache
 	find hf_aha tests recipes -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call make_venv,FOLDER): an environment made by the first suitable Python.
@@ -64,14 +71,49 @@ define make_venv
 	}
 endef
 
+# The oldest version of transformers that pyproject.toml allows, and the newest.
+TRANSFORMERS_5 := $(shell sed -n 's/^ *"transformers\(.*\)",.*/\1/p' pyproject.toml)
+TRANSFORMERS_OLDEST := $(shell echo "$(TRANSFORMERS_5)" | sed 's/^>=\([0-9.]*\),.*/\1/')
+# What transformers has a say in is not pinned there.
+UNPINNED := transformers|huggingface_hub|tokenizers|safetensors|regex|typer|click|hf-xet|httpx2|httpcore2
+MODEL_TESTS := $(wildcard tests/test_*_aha.py tests/test_hub_loading.py) tests/test_model_contract.py \
+	tests/test_custom_code.py tests/test_pipelines.py tests/test_bundled.py
+
+# $(call make_transformers_venv,FOLDER,VERSIONS): with transformers' own tests, which only its source archive holds.
+define make_transformers_venv
+	$(call make_venv,$(1))
+	@grep -vE '^($(UNPINNED))==' constraints.txt > $(1)/constraints.txt
+	@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(1)/constraints.txt \
+		"transformers$(2)" parameterized -e ".[dev]"
+	@rm -rf $(1)/source && mkdir $(1)/source
+	@version=$$($(1)/bin/python -c 'import importlib.metadata as m; print(m.version("transformers"))') && \
+		$(1)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary transformers \
+			--dest $(1)/source "transformers==$$version" && \
+		tar -xzf $(1)/source/transformers-$$version.tar.gz -C $(1)/source --strip-components 1
+	@touch $(1)/.installed
+endef
+
+# $(call test_model,FOLDER): our tests of the model, then transformers' own, whose markers and old names ours refuse.
+define test_model
+	$(1)/bin/python -m pytest $(MODEL_TESTS) $(PYTEST_ARGS)
+	TRANSFORMERS_TESTS=$(1)/source/tests $(1)/bin/python -m pytest -o addopts= -o filterwarnings= \
+		tests/test_transformers_common.py
+endef
+
+.venv-oldest/.installed: pyproject.toml constraints.txt
+	$(call make_transformers_venv,.venv-oldest,==$(TRANSFORMERS_OLDEST))
+
+.venv-newest/.installed: pyproject.toml constraints.txt
+	$(call make_transformers_venv,.venv-newest,$(TRANSFORMERS_5))
+
 # Both environments are set up again when what they should hold changes.
 $(STAMP): pyproject.toml constraints.txt
 	$(call make_venv,.venv)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[dev]"
 	@touch $@
 
-.venv-bench/.installed: pyproject.toml $(wildcard constraints-bench.txt)
+$(BENCH_STAMP): pyproject.toml constraints-bench.txt
 	$(call make_venv,.venv-bench)
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
-		$(if $(wildcard constraints-bench.txt),-c constraints-bench.txt) -e ".[bench,dev]"
+		-c constraints-bench.txt -e ".[bench,dev]"
 	@touch $@

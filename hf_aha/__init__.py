@@ -14,11 +14,15 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "AhaConfig",
     "AhaExplainer",
+    "AhaModelCard",
+    "AhaModelCardData",
     "AhaOutput",
     "AhaTrainer",
     "AhaTrainingArguments",
     "AttributionDecoder",
     "ClassifierMismatchError",
+    "ExplainerAccessError",
+    "ExplainerFilesError",
     "Explanation",
     "FrozenClassifier",
     "ImageReadError",
@@ -29,8 +33,11 @@ __all__ = [
     "UnsupportedClassifierError",
     "VisualAttributionPipeline",
     "__version__",
+    "create_model_card",
     "hard_ranks",
+    "load_card_results",
     "pipeline",
+    "push_explainer",
     "read_image",
 ]
 
@@ -39,11 +46,15 @@ __all__ = [
 _MODULE_OF = {
     "AhaConfig": "configuration_aha",
     "AhaExplainer": "modeling_aha",
+    "AhaModelCard": "model_card",
+    "AhaModelCardData": "model_card",
     "AhaOutput": "modeling_aha",
     "AhaTrainer": "trainer",
     "AhaTrainingArguments": "training_args",
     "AttributionDecoder": "decoder_aha",
     "ClassifierMismatchError": "modeling_aha",
+    "ExplainerAccessError": "repository_aha",
+    "ExplainerFilesError": "repository_aha",
     "Explanation": "explanation",
     "FrozenClassifier": "classifier_aha",
     "ImageReadError": "images",
@@ -53,8 +64,11 @@ _MODULE_OF = {
     "TransportRanker": "ranking",
     "UnsupportedClassifierError": "classifier_aha",
     "VisualAttributionPipeline": "pipelines",
+    "create_model_card": "model_card",
     "hard_ranks": "ranking",
+    "load_card_results": "result_files",
     "pipeline": "pipelines",
+    "push_explainer": "hub",
     "read_image": "images",
 }
 
@@ -64,10 +78,14 @@ if TYPE_CHECKING:
     from .decoder_aha import AttributionDecoder
     from .explanation import Explanation
     from .geometry import InputGeometry
+    from .hub import push_explainer
     from .images import ImageReadError, read_image
+    from .model_card import AhaModelCard, AhaModelCardData, create_model_card
     from .modeling_aha import AhaExplainer, AhaOutput, ClassifierMismatchError
     from .pipelines import VisualAttributionPipeline, pipeline
     from .ranking import QuantileRanker, SinkhornRanker, TransportRanker, hard_ranks
+    from .repository_aha import ExplainerAccessError, ExplainerFilesError
+    from .result_files import load_card_results
     from .trainer import AhaTrainer
     from .training_args import AhaTrainingArguments
 

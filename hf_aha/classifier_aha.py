@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 
 FINGERPRINT_TOLERANCE = 0.015
@@ -127,8 +128,7 @@ class FrozenClassifier(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self._family = _family_of(model)
-        self._head_names = _head_names(model, self._family)
+        self._head_names = _head_names(model, _family_of(model))
         self._blocks_name = blocks_name(model, _backbone(model))
         self.model = model.requires_grad_(False).eval()
 
@@ -137,6 +137,11 @@ class FrozenClassifier(nn.Module):
         super().train(mode)
         self.model.eval()
         return self
+
+    @property
+    def _family(self) -> _Family:
+        # Looked up and not kept, because its functions cannot be pickled.
+        return _FAMILIES[self.model_type]
 
     @property
     def model_type(self) -> str:
@@ -223,10 +228,8 @@ class FrozenClassifier(nn.Module):
         # Left out at the configured size, so that the logits are those of a plain call there.
         resized = self._family.resize_argument and (height, width) != self.image_size
         arguments = {"interpolate_pos_encoding": True} if resized else {}
-        blocks = self.model.get_submodule(self._blocks_name)
-        with recorded_states({layer: blocks[layer - 1] for layer in layers}) as states:
-            logits = self.model(pixel_values, **arguments).logits
-        return ClassifierFeatures(tuple(self._patch_tokens(states[layer], grid) for layer in layers), logits)
+        output, states = run_recorded(self.model, self._blocks_name, layers, pixel_values, **arguments)
+        return ClassifierFeatures(tuple(self._patch_tokens(states[layer], grid) for layer in layers), output.logits)
 
     def class_vectors(self, target: torch.Tensor) -> torch.Tensor:
         """One vector per class asked about: the head's own rows, without its bias.
@@ -244,7 +247,9 @@ class FrozenClassifier(nn.Module):
         """
         if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
             raise ValueError(f"target must hold class indices as integers, not {target.dtype}.")
-        if target.numel() and not 0 <= int(target.min()) <= int(target.max()) < self.num_labels:
+        # A traced graph cannot depend on values; there PyTorch's indexing refuses a class that does not exist.
+        known = torch.compiler.is_compiling() or not target.numel()
+        if not known and not 0 <= int(target.min()) <= int(target.max()) < self.num_labels:
             raise ValueError(
                 f"target asks about classes {int(target.min())} to {int(target.max())}, but this classifier has the "
                 f"classes 0 to {self.num_labels - 1}."
@@ -370,6 +375,46 @@ def _fingerprint_matrix(columns: int) -> torch.Tensor:
     row = torch.arange(_FINGERPRINT_SIZE, dtype=torch.float64)[:, None]
     column = torch.arange(1, columns + 1, dtype=torch.float64)[None, :]
     return torch.cos(2 * math.pi * golden * (row + 1) * column + row) * math.sqrt(2 / columns)
+
+
+def run_recorded(
+    model: PreTrainedModel,
+    blocks_name: str,
+    layers: Sequence[int],
+    pixel_values: torch.Tensor,
+    **arguments: bool,
+) -> tuple[ModelOutput, Mapping[int, torch.Tensor]]:
+    """Run a vision transformer once: its output, and the states after the asked blocks.
+
+    Args:
+        model: the transformer, whose list of blocks is called `blocks_name`.
+        layers: blocks to read, from 1.
+        pixel_values: (B, 3, H, W) in the model's dtype.
+        **arguments: of the model's forward.
+    """
+    if not layers:
+        return model(pixel_values, **arguments), {}
+    if torch.compiler.is_dynamo_compiling():
+        # `torch.compile` traces no hook that comes and goes, but it does trace those transformers leaves in the model.
+        _install_recorders(model)
+        output = model(pixel_values, output_hidden_states=True, **arguments)
+        return output, {layer: output.hidden_states[layer] for layer in layers}
+    blocks = model.get_submodule(blocks_name)
+    with recorded_states({layer: blocks[layer - 1] for layer in layers}) as states:
+        output = model(pixel_values, **arguments)
+    return output, states
+
+
+@torch.compiler.assume_constant_result
+def _install_recorders(model: PreTrainedModel) -> bool:
+    """Let transformers install its recorders, which it does in the first call that asks for hidden states.
+
+    That call takes a lock and cannot be traced; here it runs once, while `torch.compile` traces what calls this.
+    """
+    height, width = _pair(vision_config(model).image_size)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, height, width, dtype=model.dtype, device=model.device), output_hidden_states=True)
+    return True
 
 
 @contextmanager

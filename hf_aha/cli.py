@@ -20,6 +20,10 @@ from .commands import CommandError
 # takes the command's parser and sets the default `run`, a function from the parsed arguments to the exit code.
 COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("explain photographs: pictures, raw scores and a record of each", "explain:add_arguments"),
+    "evaluate": ("measure how faithful the maps of an explainer are, by named protocols", "evaluate:add_arguments"),
+    "benchmark": ("measure explainers beside the methods people use", "benchmark:add_arguments"),
+    "card": ("write the model card of an explainer from what was measured", "card:add_arguments"),
+    "push": ("upload an explainer with its card, log and pictures to the Hub", "push:add_arguments"),
 }
 
 EXIT_USAGE = 2
@@ -43,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = build_parser(argv).parse_args(argv)
+    arguments.words = argv  # for commands that record how they were called
     try:
         return arguments.run(arguments)
     except CommandError as error:

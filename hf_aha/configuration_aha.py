@@ -2,10 +2,30 @@
 # ruff: noqa: I002
 # `from __future__ import annotations` would turn the types below into strings, and `@strict` checks no string types.
 
+import re
+import warnings
+from dataclasses import fields
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+
+# Far beyond any sensible decoder: a config from a stranger must not ask for all memory and time of the machine.
+_LARGEST_SIZE = 2**16
+_LARGEST_DEPTH = 2**10
+
+# What transformers itself writes into a config.json or reads from it, beside the fields.
+_OTHER_KEYS = {
+    "_name_or_path",
+    "auto_map",
+    "custom_pipelines",
+    "model_type",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+}
 
 
 @strict
@@ -71,13 +91,47 @@ class AhaConfig(PreTrainedConfig):
             setattr(self, name, list(getattr(self, name)))
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As in transformers, but keys this version does not know are left out, with a warning.
+
+        A newer version may have written them; and some keys that transformers obeys, such as the name of another file
+        of weights, have no place in the config of an explainer.
+        """
+        known = {item.name for item in fields(cls)} | _OTHER_KEYS
+        unknown = sorted(set(config_dict) - known)
+        if unknown:
+            warnings.warn(
+                f"The explainer's config holds {', '.join(map(repr, unknown))}, which this version of hf_aha does not "
+                "know and ignores; a newer version may use it.",
+                UserWarning,
+                stacklevel=2,
+            )
+        content = {key: value for key, value in config_dict.items() if key in known}
+        for key in ("dtype", "torch_dtype"):
+            value = content.get(key)
+            if isinstance(value, str) and not isinstance(getattr(torch, value, None), torch.dtype):
+                raise ValueError(f"{key} must be the name of a dtype of torch, but it is {value!r}.")
+        return super().from_dict(content, **kwargs)
+
+    def validate_revisions(self):
+        """Class validator of `@strict`: models are pinned to commits, which never change."""
+        for name in ("base_model_revision", "encoder_revision"):
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(r"[0-9a-f]{40}", value):
+                raise ValueError(f"{name} must be a commit of 40 hexadecimal digits or None, but it is {value!r}.")
+
     def validate_decoder(self):
         """Class validator of `@strict`: sizes are positive and the lists have the right lengths."""
         for name in ("token_size", "class_vector_size", "grid_width", "quarter_width", "half_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}.")
+            if getattr(self, name) > _LARGEST_SIZE:
+                raise ValueError(f"{name} must be at most {_LARGEST_SIZE}, but it is {getattr(self, name)}.")
         if self.grid_depth < 0:
             raise ValueError(f"grid_depth must not be negative, but it is {self.grid_depth}.")
+        if self.grid_depth > _LARGEST_DEPTH:
+            raise ValueError(f"grid_depth must be at most {_LARGEST_DEPTH}, but it is {self.grid_depth}.")
         if not self.taps or min(self.taps) < 1:
             raise ValueError(f"taps must name at least one layer, counted from 1, but it is {self.taps}.")
         for name, length in (("image_size", 2), ("patch_size", 2), ("image_mean", 3), ("image_std", 3)):

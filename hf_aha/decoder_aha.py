@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(GradientCheckpointingLayer):
     """Residual block: 7 x 7 or smaller depthwise convolution, norm, two-layer perceptron over channels.
 
     GroupNorm with one group normalises each image by itself, so a map does not depend on its batch (BatchNorm would).
+    In training its activations can be computed again instead of kept (gradient checkpointing of transformers).
     """
 
     def __init__(self, width: int, kernel: int, expansion: int = 2):
@@ -58,7 +60,7 @@ class DecoderFeatures:
     def repeat(self, times: int) -> DecoderFeatures:
         """The same features `times` times an image, for as many classes: batch B becomes B * times."""
         # Indexing keeps the channels last, `repeat_interleave` does not.
-        rows = torch.arange(len(self.grid), device=self.grid.device).repeat_interleave(times)
+        rows = torch.arange(self.grid.shape[0], device=self.grid.device).repeat_interleave(times)
         return DecoderFeatures(self.grid[rows], self.quarter[rows], self.half[rows], self.size)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from .classifier_aha import UnsupportedClassifierError, blocks_name, recorded_states, vision_config
+from .classifier_aha import UnsupportedClassifierError, blocks_name, run_recorded, vision_config
 
 
 class FrozenEncoder(nn.Module):
@@ -148,9 +148,7 @@ class FrozenEncoder(nn.Module):
         native = (native, native) if isinstance(native, int) else tuple(native)
         accepts = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         flag = {"interpolate_pos_encoding": True} if accepts and native != (height, width) else {}
-        blocks = self.model.get_submodule(self._blocks_name)
-        with recorded_states({layer: blocks[layer - 1] for layer in layers}) as states:
-            self.model(pixels, **flag)
+        _, states = run_recorded(self.model, self._blocks_name, layers, pixels, **flag)
         rows, columns = height // patch_height, width // patch_width
         for state in states.values():
             # Before the patches at most a class token, a distillation token and the registers.

@@ -115,7 +115,8 @@ def _explain_batch(
     pixel_values = torch.cat(inputs).to(explainer.device)
     refinements: list[dict[str, int | float] | None] = [None] * (len(pixel_values) * top_k)
     if refine:
-        output, refinements = _refined(explainer, pixel_values, targets, top_k, refine)
+        target = None if targets is None else torch.tensor(targets, device=explainer.device)
+        output, refinements = refined_maps(explainer, pixel_values, target, top_k, refine)
     elif targets is not None:
         output = explainer(pixel_values, torch.tensor(targets, device=explainer.device)[:, None])
     elif top_k == 1:
@@ -141,11 +142,22 @@ def _explain_batch(
     ]
 
 
-def _refined(
-    explainer: AhaExplainer, pixel_values: torch.Tensor, targets: list[int] | None, top_k: int, steps: int
+def refined_maps(
+    explainer: AhaExplainer, pixel_values: torch.Tensor, target: torch.Tensor | None, top_k: int, steps: int
 ) -> tuple[AhaOutput, list[dict[str, int | float]]]:
-    """Refined maps (B, top_k, H, W), and for each of the B * top_k maps what refinement did."""
-    target = None if targets is None else torch.tensor(targets, device=explainer.device)
+    """Refined maps, and for each of the B * top_k maps, image by image, what refinement did.
+
+    Args:
+        explainer: with a classifier attached.
+        pixel_values: (B, 3, h, w) as the classifier's image processor makes them.
+        target: (B,) classes; left out, the `top_k` most probable ones of each image.
+        top_k: 1 where `target` is given.
+        steps: most updates a map.
+
+    Returns:
+        scores (B, top_k, h, w), logits (B, C) and target (B, top_k); and the facts `steps`, `passes`, `value`,
+        `initial_value` and `gain` of [`RefinementOutput`].
+    """
     if top_k > 1:
         target = explainer.explain_top(pixel_values, top_k).target.flatten()
         pixel_values = pixel_values.repeat_interleave(top_k, dim=0)

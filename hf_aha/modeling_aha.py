@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import importlib
-import operator
 import os
-import re
+import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import ModelOutput, cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -25,15 +25,44 @@ from .classifier_aha import FINGERPRINT_TOLERANCE, FrozenClassifier, fingerprint
 from .configuration_aha import AhaConfig
 from .decoder_aha import AttributionDecoder
 from .encoder_aha import FrozenEncoder, mean_and_std
+from .labels_aha import class_index
+from .loading_aha import (
+    CLASSIFIER_SUBFOLDER,
+    ENCODER_SUBFOLDER,
+    check_arguments,
+    check_finite_weights,
+    check_weights,
+    load_encoder,
+    load_frozen_parts,
+    load_image_processor,
+    missing_weights,
+    read_config,
+    reading_weights,
+)
+from .loading_aha import load_classifier as load_hub_classifier
+from .repository_aha import ExplainerAccessError, ExplainerFilesError, Place, find_weights
 
-
-CLASSIFIER_SUBFOLDER = "classifier"
-ENCODER_SUBFOLDER = "encoder"
 
 # What a load of the explainer passes on to the load of its classifier. `revision` is absent on purpose: the
 # explainer's commit says nothing about the classifier's, which the config pins by itself.
 _HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download")
 _MODEL_ARGUMENTS = ("dtype", "device_map", "attn_implementation")
+
+
+# Where a repository that carries the code keeps the classes, for the auto classes of transformers.
+_AUTO_MAP = {"AutoConfig": "configuration_aha.AhaConfig", "AutoModel": "modeling_aha.AhaExplainer"}
+
+# Arguments of `save_pretrained(push_to_hub=True)` that are about the upload.
+_PUSH_ARGUMENTS = (
+    "repo_id",
+    "private",
+    "token",
+    "tags",
+    "commit_message",
+    "commit_description",
+    "revision",
+    "create_pr",
+)
 
 
 class ClassifierMismatchError(ValueError):
@@ -76,10 +105,16 @@ class AhaExplainer(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    supports_gradient_checkpointing = True
     _no_split_modules = ["AttributionDecoder"]
+    # The decoder has no attention, so `set_attn_implementation` is up to the classifier and the encoder.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: AhaConfig):
         super().__init__(config)
+        # transformers fills in a default, which would look like a wish for the classifier when this config is loaded
+        # with; the decoder has no attention.
+        config._attn_implementation = None
         self.decoder = AttributionDecoder(
             config.token_size,
             len(config.taps),
@@ -136,36 +171,47 @@ class AhaExplainer(PreTrainedModel):
 
         Raises:
             UnsupportedClassifierError: the model is no classifier of a supported family.
-            ValueError: the classifier was built in memory and no image processor is given; a tap does not exist.
+            ExplainerAccessError: the classifier or the encoder is not found, private, gated, or not reached.
+            ExplainerFilesError: its weights are pickled or damaged, or it is no image classifier of transformers.
+            ValueError: the classifier has no image processor and none is given; a tap does not exist.
             TypeError: unknown name among the decoder's sizes.
         """
         unknown = set(decoder_sizes) - {"grid_width", "grid_depth", "quarter_width", "half_width"}
         if unknown:
             raise TypeError(f"from_classifier() has no argument {sorted(unknown)[0]!r}.")
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-        source = None
-        if not isinstance(classifier, nn.Module):
+        check_arguments("from_classifier", hub)
+        model_arguments = {"dtype": dtype} | (
+            {"attn_implementation": attn_implementation} if attn_implementation else {}
+        )
+        if isinstance(classifier, nn.Module):
+            source = getattr(classifier, "name_or_path", None) or None
+            commit = _commit_of(source, revision, cache_dir)
+            place = (
+                None if source is None else Place(source, f"The classifier {source}", "", commit or revision, hub=hub)
+            )
+        else:
             source = str(classifier)
-            model_arguments = {"attn_implementation": attn_implementation} if attn_implementation else {}
-            classifier = AutoModelForImageClassification.from_pretrained(
-                source, revision=revision or "main", dtype=dtype, **hub, **model_arguments
-            )
+            advice = "; or load it yourself and give the model"
+            place = Place(source, f"The classifier {source}", advice, revision, hub=hub)
+            place, classifier = load_hub_classifier(place, model_arguments)
+            commit = None if place.is_folder else place.revision
         frozen = FrozenClassifier(classifier)
-        source = source or classifier.name_or_path or None
+        if image_processor is None and place:
+            image_processor = load_image_processor(place)
         if image_processor is None:
-            if source is None:
-                raise ValueError("The classifier was built in memory, so give its image_processor as well.")
-            image_processor = AutoImageProcessor.from_pretrained(source, revision=revision or "main", **hub)
-        frozen_encoder = None
+            where = "was built in memory" if not place else f"{source} has no preprocessor_config.json"
+            raise ValueError(f"The classifier {where}, so give its image_processor as well.")
+        frozen_encoder = encoder_commit = None
         if encoder is not None:
-            frozen_encoder = FrozenEncoder.from_pretrained(
-                encoder, dtype=dtype, attn_implementation=attn_implementation, **hub
-            )
+            place = Place(str(encoder), f"The encoder {encoder}", hub=hub)
+            place, frozen_encoder = load_encoder(place, model_arguments)
+            encoder_commit = None if place.is_folder else place.revision
         tokens_of = frozen if frozen_encoder is None else frozen_encoder
         mean, std = mean_and_std(image_processor)
         config = AhaConfig(
             base_model_name_or_path=source,
-            base_model_revision=_commit_of(source, revision, cache_dir),
+            base_model_revision=commit,
             base_model_fingerprint=frozen.fingerprint(),
             base_model_type=frozen.model_type,
             image_size=list(_input_size(image_processor) or frozen.image_size),
@@ -176,7 +222,7 @@ class AhaExplainer(PreTrainedModel):
             class_vector_size=frozen.class_vector_size,
             taps=list(taps) if taps is not None else _default_taps(tokens_of.num_layers),
             encoder_name_or_path=None if encoder is None else str(encoder),
-            encoder_revision=None if encoder is None else _commit_of(str(encoder), None, cache_dir),
+            encoder_revision=encoder_commit,
             id2label=dict(frozen.id2label),
             label2id={label: index for index, label in frozen.id2label.items()},
             **decoder_sizes,
@@ -210,73 +256,52 @@ class AhaExplainer(PreTrainedModel):
 
         Raises:
             ClassifierMismatchError: the classifier is not the one the explainer was trained for.
-            OSError: something is not found, as in transformers; weights of the decoder are missing or no safetensors.
+            ExplainerAccessError: a repository or folder is not found, private, gated, or not reached; an `OSError`.
+            ExplainerFilesError: the files are damaged, pickled, or no explainer; an `OSError`.
+            TypeError, ValueError: an argument is unknown, or a token cannot be one.
         """
+        check_arguments("from_pretrained", kwargs)
         name = _bundled_path(pretrained_model_name_or_path)
         attention = kwargs.pop("attn_implementation", None)
         with_info = kwargs.pop("output_loading_info", False)
-        # Pickled weights are refused, and so are missing ones: transformers would fill them in at random.
-        explainer, info = super().from_pretrained(
-            name, *model_args, **{"use_safetensors": True, **kwargs, "output_loading_info": True}
+        place = Place(
+            name,
+            title=f"The explainer {name}",
+            revision=kwargs.get("revision"),
+            subfolder=kwargs.get("subfolder") or "",
+            hub={key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs},
         )
-        if info["missing_keys"]:
-            raise OSError(
-                f"The explainer {name} lacks {len(info['missing_keys'])} of its decoder's weights "
-                f"({min(info['missing_keys'])}, ...): its files are damaged, or do not belong to its config."
+        if "torch_dtype" in kwargs:
+            kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+        place, config = read_config(place, kwargs)
+        if config._attn_implementation is not None:
+            # The auto classes put the argument into the config, but the decoder has no attention to choose.
+            attention, config = config._attn_implementation, copy.deepcopy(config)
+            config._attn_implementation = None
+        weights = find_weights(place, variant=kwargs.get("variant"))
+        with torch.device("meta"):
+            expected = cls(config).state_dict()
+        if not kwargs.get("key_mapping"):
+            check_weights(place, weights, expected)
+        # The files are in the cache by now, so transformers finds them there, whatever `force_download` says.
+        loading = kwargs | place.arguments() | {"force_download": False, "use_safetensors": True}
+        with reading_weights(place):
+            explainer, info = super().from_pretrained(
+                name, *model_args, config=config, output_loading_info=True, **loading
             )
+        if info["missing_keys"]:
+            # transformers has filled them in at random.
+            raise missing_weights(place, info["missing_keys"])
+        check_finite_weights(place, explainer)
         if load_classifier:
-            hub = {key: kwargs[key] for key in _HUB_ARGUMENTS if key in kwargs}
             model_arguments = {key: kwargs[key] for key in _MODEL_ARGUMENTS if key in kwargs}
             if attention is not None:
                 model_arguments["attn_implementation"] = attention
-            explainer._load_frozen(name, classifier, kwargs, hub, model_arguments, allow_classifier_mismatch)
-        return (explainer, info) if with_info else explainer
-
-    def _load_frozen(
-        self,
-        name: str,
-        classifier: PreTrainedModel | str | os.PathLike[str] | None,
-        kwargs: dict[str, Any],
-        hub: dict[str, Any],
-        model_arguments: dict[str, Any],
-        allow_mismatch: bool,
-    ) -> None:
-        own = {key: kwargs[key] for key in ("revision", "subfolder") if key in kwargs}
-
-        def beside(folder: str) -> dict[str, str]:
-            return {**own, "subfolder": "/".join(filter(None, (own.get("subfolder", ""), folder)))}
-
-        included = self.config.includes_classifier
-        if classifier is None and included:
-            source, place = name, beside(CLASSIFIER_SUBFOLDER)
-        else:
-            source = self.config.base_model_name_or_path if classifier is None else classifier
-            revision = self.config.base_model_revision if classifier is None else None
-            place = {"revision": revision} if revision else {}
-        if source is None:
-            raise OSError(
-                f"The explainer {name} was trained for a classifier built in memory; "
-                "give that classifier with classifier=..."
+            classifier, encoder, processor = load_frozen_parts(place, config, classifier, model_arguments)
+            explainer.attach(
+                classifier, encoder=encoder, image_processor=processor, allow_mismatch=allow_classifier_mismatch
             )
-        if not isinstance(source, nn.Module):
-            try:
-                source = AutoModelForImageClassification.from_pretrained(source, **place, **hub, **model_arguments)
-            except OSError as error:
-                raise OSError(
-                    f"The explainer {name} explains the classifier {source}, which could not be loaded; "
-                    f"give it with classifier=..., or load_classifier=False for the decoder alone. Reason: {error}"
-                ) from error
-        encoder = None
-        if self.config.encoder_name_or_path is not None:
-            place = {"revision": self.config.encoder_revision} if self.config.encoder_revision else {}
-            encoder_name = self.config.encoder_name_or_path
-            if included:
-                encoder_name, place = name, beside(ENCODER_SUBFOLDER)
-            encoder = FrozenEncoder.from_pretrained(encoder_name, **place, **hub, **model_arguments)
-        processor = None
-        if cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **own, **hub):
-            processor = AutoImageProcessor.from_pretrained(name, **own, **hub)
-        self.attach(source, encoder=encoder, image_processor=processor, allow_mismatch=allow_mismatch)
+        return (explainer, info) if with_info else explainer
 
     def attach(
         self,
@@ -341,7 +366,7 @@ class AhaExplainer(PreTrainedModel):
                 if not allow_mismatch:
                     raise ClassifierMismatchError(message)
                 warnings.warn(message, UserWarning, stacklevel=2)
-        self.classifier, self.encoder = frozen, encoder
+        self.classifier, self.encoder = frozen.eval(), None if encoder is None else encoder.eval()
         if image_processor is not None:
             self.image_processor = image_processor
         # transformers matches these names exactly.
@@ -354,16 +379,40 @@ class AhaExplainer(PreTrainedModel):
         return self
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *args: Any, include_classifier: bool = False, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        include_classifier: bool = False,
+        include_code: bool = False,
+        push_to_hub: bool = False,
+        **kwargs: Any,
     ) -> None:
-        """Save the decoder, the config and the image processor; no network is used.
+        """Save the decoder, the config and the image processor; no network is used without `push_to_hub`.
 
         Args:
             save_directory: a folder, made when missing.
             include_classifier: also save the classifier's weights, under `classifier/`, for machines without network;
                 those of a separate encoder too, under `encoder/`.
+            include_code: also copy the few Python files this class consists of, so that
+                `AutoModel.from_pretrained(..., trust_remote_code=True)` loads the explainer on machines without the
+                package. An upload always carries them, and so does an explainer that was itself loaded that way.
+            push_to_hub: add the model card and upload what was written, in one commit, with the arguments of
+                `push_to_hub` (`repo_id`, which is the name of the folder when left out, and so on).
             *args, **kwargs: as in transformers.
+
+        Raises:
+            ValueError: `include_code` for a class derived from this one, whose own code would be left behind.
         """
+        check_arguments("save_pretrained", kwargs)
+        if len(args) > 2:  # its place in transformers
+            args, push_to_hub = (*args[:2], False, *args[3:]), args[2]
+        with_code = self._carries_code(include_code, push_to_hub)
+        main_process = args[0] if args else kwargs.get("is_main_process", True)
+        hub = None
+        if push_to_hub and main_process:
+            hub = _import_package_module("hub", "push_to_hub")
+            push_arguments = {name: kwargs.pop(name) for name in _PUSH_ARGUMENTS if name in kwargs}
+            before = hub.file_states(save_directory)
         if include_classifier:
             self._require_classifier().model.save_pretrained(Path(save_directory) / CLASSIFIER_SUBFOLDER)
             if self.encoder is not None:
@@ -372,10 +421,71 @@ class AhaExplainer(PreTrainedModel):
         if self.image_processor is not None:
             self.image_processor.save_pretrained(save_directory)
         previous, self.config.includes_classifier = self.config.includes_classifier, include_classifier
+        # Where the config was loaded from says nothing about the code beside the files written now.
+        auto_map = self.config.__dict__.pop("auto_map", None)
         try:
+            if with_code:
+                self.config.auto_map = dict(_AUTO_MAP)
+                if main_process:
+                    _copy_code(save_directory)
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.includes_classifier = previous
+            self.config.__dict__.pop("auto_map", None)
+            if auto_map is not None:
+                self.config.auto_map = auto_map
+        if hub is not None:
+            hub.push_saved(self, save_directory, before, include_classifier=include_classifier, **push_arguments)
+
+    def _carries_code(self, asked: bool, uploaded: bool) -> bool:
+        if type(self) is AhaExplainer:
+            return asked or uploaded or self.is_remote_code()
+        if asked and not self.is_remote_code():
+            name = type(self).__name__
+            raise ValueError(
+                f"The code of {name} itself would be left behind: call {name}.register_for_auto_class('AutoModel'), "
+                "which makes transformers save it, or leave include_code out."
+            )
+        return False
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = "50GB",
+        tags: list[str] | None = None,
+    ) -> Any:
+        """Upload the explainer, its image processor, its card, and the log and plot of its training, in one commit.
+
+        Arguments as in transformers; `hf_aha.hub.push_explainer` has more, such as the results for the card. The
+        classifier's weights travel along if the explainer was loaded together with them.
+
+        Returns:
+            the `huggingface_hub.CommitInfo`, whose `pr_url` leads to a pull request. (`Any` in the signature, because
+            this file must not import the package.)
+
+        Raises:
+            HfHubHTTPError: the Hub refused.
+            ImportError: this file runs as custom code, without the package.
+        """
+        return _import_package_module("hub", "push_to_hub").push_explainer(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            max_shard_size="50GB" if max_shard_size is None else max_shard_size,
+            tags=tags,
+        )
 
     def train(self, mode: bool = True) -> AhaExplainer:
         """Set the decoder's mode; the classifier and the encoder stay in eval mode."""
@@ -431,18 +541,17 @@ class AhaExplainer(PreTrainedModel):
     def _explain_features(
         self, tokens: Sequence[torch.Tensor], logits: torch.Tensor, pixel_values: torch.Tensor, target: torch.Tensor
     ) -> AhaOutput:
-        # On a CPU a few images at a time: the fine maps of a whole batch fall out of the cache, and take memory.
-        batch = len(pixel_values)
-        step = 4 if pixel_values.device.type == "cpu" else max(batch, 1)
-        parts = []
-        for start in range(0, max(batch, 1), step):
-            rows = slice(start, start + step)
+        parts = [slice(None)]
+        if pixel_values.device.type == "cpu" and not torch.compiler.is_compiling():
+            # A few images at a time: the fine maps of a whole batch fall out of the cache, and take memory.
+            parts = [slice(start, start + 4) for start in range(0, max(len(pixel_values), 1), 4)]
+        scores = []
+        for rows in parts:
             features = self.decoder.encode([layer[rows] for layer in tokens], pixel_values[rows])
             if target.ndim == 2:
                 features = features.repeat(target.shape[1])
-            parts.append(self.decoder.decode(features, self.classifier.class_vectors(target[rows].flatten())))
-        scores = torch.cat(parts)
-        return AhaOutput(scores=scores.unflatten(0, target.shape), logits=logits, target=target)
+            scores.append(self.decoder.decode(features, self.classifier.class_vectors(target[rows].flatten())))
+        return AhaOutput(scores=torch.cat(scores).unflatten(0, target.shape), logits=logits, target=target)
 
     def features(self, pixel_values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """What the frozen parts give: the tapped tokens, one (B, gh, gw, D) a layer, and logits (B, num_labels)."""
@@ -523,52 +632,10 @@ class AhaExplainer(PreTrainedModel):
         Raises:
             ValueError: no such class; near labels are suggested.
         """
-        if isinstance(target, str):
-            return self._class_index_of(target)
-        if isinstance(target, bool):
-            raise ValueError(f"A class is given by its index or label, not by {target}.")
-        try:
-            index = operator.index(target)
-        except TypeError as error:
-            raise ValueError(f"A class is given by its index or label, not by {target!r}.") from error
-        if not 0 <= index < self.config.num_labels:
-            raise ValueError(
-                f"The class index {index} is out of range: "
-                f"the classifier has the classes 0..{self.config.num_labels - 1}."
-            )
-        return index
-
-    def _class_index_of(self, label: str) -> int:
-        labels = self.config.id2label
-        wanted = label.strip().casefold()
-        # ImageNet labels list synonyms ("tench, Tinca tinca"): each of them names the class, after the whole labels.
-        whole: dict[str, list[int]] = {}
-        synonyms: dict[str, list[int]] = {}
-        for index, text in labels.items():
-            whole.setdefault(text.strip().casefold(), []).append(int(index))
-            for synonym in dict.fromkeys(part.strip().casefold() for part in text.split(",")):
-                synonyms.setdefault(synonym, []).append(int(index))
-        found = whole.get(wanted) or synonyms.get(wanted) or []
-        if len(found) > 1:
-            raise ValueError(
-                f"The label {label!r} names {len(found)} classes of the classifier: give one of the indices "
-                f"{', '.join(map(str, found))}."
-            )
-        if found:
-            return found[0]
-        if re.fullmatch(r"-?[0-9]+", wanted):
-            return self.class_index(int(wanted))
-        names = {name: indices[0] for name, indices in (synonyms | whole).items()}
-        near = difflib.get_close_matches(wanted, names, n=3)
-        if near:
-            suggestions = dict.fromkeys(repr(labels[names[name]]) for name in near)
-            hint = f"did you mean {' or '.join(suggestions)}?"
-        else:
-            hint = f"its labels are {', '.join(list(labels.values())[:5])}{', ...' if len(labels) > 5 else '.'}"
-        raise ValueError(f"The classifier has no label {label!r}; {hint}")
+        return class_index(target, self.config.id2label)
 
     def _check_target(self, target: torch.Tensor | int, pixel_values: torch.Tensor) -> torch.Tensor:
-        batch, device = len(pixel_values), pixel_values.device
+        batch, device = pixel_values.shape[0], pixel_values.device
         if not isinstance(target, torch.Tensor):
             target = torch.as_tensor(target, device=device)
         target = target.to(device)
@@ -576,7 +643,7 @@ class AhaExplainer(PreTrainedModel):
             raise ValueError(f"target must hold class indices as integers, but its dtype is {target.dtype}.")
         if target.ndim == 0:
             target = target.expand(batch)
-        if target.ndim > 2 or len(target) != batch:
+        if target.ndim > 2 or target.shape[0] != batch:
             raise ValueError(
                 f"target has shape {tuple(target.shape)} for {batch} images; "
                 f"give one class, ({batch},) or ({batch}, M)."
@@ -658,8 +725,17 @@ def _bundled_path(name: str | os.PathLike[str]) -> str:
     return str(name)
 
 
-# `exist_ok`, because this file may be loaded a second time, as custom code of a Hub repository.
-AutoConfig.register("aha", AhaConfig, exist_ok=True)
-AutoModel.register(AhaConfig, AhaExplainer, exist_ok=True)
+def _copy_code(folder: str | os.PathLike[str]) -> None:
+    """Copy this file and its siblings, to run as custom code of a Hub repository."""
+    os.makedirs(folder, exist_ok=True)
+    for path in {__file__, *get_relative_import_files(__file__)}:
+        shutil.copyfile(path, Path(folder) / Path(path).name)
 
-__all__ = ["AhaExplainer", "AhaOutput", "ClassifierMismatchError"]
+
+# As custom code this file registers nothing: the next repository's code would be ignored for this one's.
+if not __name__.startswith("transformers_modules."):
+    # `exist_ok`, because the module may be reloaded.
+    AutoConfig.register("aha", AhaConfig, exist_ok=True)
+    AutoModel.register(AhaConfig, AhaExplainer, exist_ok=True)
+
+__all__ = ["AhaExplainer", "AhaOutput", "ClassifierMismatchError", "ExplainerAccessError", "ExplainerFilesError"]

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .explanation import refined_maps
 from .geometry import InputGeometry
 from .images import ImageReadError, ImageSource, read_image
 from .modeling_aha import AhaExplainer, AhaOutput
@@ -23,6 +24,7 @@ from .visualization import rank_map
 
 TASK = "visual-attribution"
 _OUTPUTS = ("logits", "target", "scores", "photograph")
+_REFINEMENT = "refinement"
 
 
 class VisualAttributionPipeline(Pipeline):
@@ -33,7 +35,8 @@ class VisualAttributionPipeline(Pipeline):
         device: moves the explainer there; it stays where it is when left out.
         dtype: what the explainer is in; another one is refused, not cast.
         local_files_only: `transformers.pipeline` hands it on after the loading; no effect here.
-        **parameters: defaults for every call, as there: `target`, `top_k`, `overlay`, `batch_size`, `num_workers`.
+        **parameters: defaults for every call, as there: `target`, `top_k`, `refine`, `overlay`, `batch_size`,
+            `num_workers`.
 
     Raises:
         TypeError: the model is no explainer; a parameter does not exist.
@@ -86,7 +89,8 @@ class VisualAttributionPipeline(Pipeline):
             inputs: whatever `read_image` reads, or a list or tuple of that, a column of a `datasets` dataset, a torch
                 dataset such as `KeyDataset`, or any iterator.
             **parameters: `target`, class index or label to explain in all photographs, the predicted class of each
-                when left out; `top_k`, explain this many of the most probable classes instead; `overlay`, draw the map
+                when left out; `top_k`, explain this many of the most probable classes instead; `refine`, steps of
+                test-time refinement on each map, which cost many more passes (default: 0); `overlay`, draw the map
                 over the photograph (default: True); `batch_size`, photographs a forward pass (default: 1);
                 `num_workers`, processes that read and prepare them (default: 0). A `target` or `top_k` given here
                 replaces whichever of them the constructor was given.
@@ -96,7 +100,9 @@ class VisualAttributionPipeline(Pipeline):
             tuple a list of these; for everything else an iterator, which reads as it goes. The dicts hold `label`,
             `score` (the class's softmax probability), `target` (its index), `scores` ((H, W) float32 in the
             photograph's own pixels, higher = more important, NaN where the classifier did not look), `mask` (a grey
-            PIL image of the ranks: white = most important, black also where not looked at) and `overlay` (an RGB one).
+            PIL image of the ranks: white = most important, black also where not looked at) and `overlay` (an RGB one);
+            with `refine` also `refinement` (the `steps` and `passes` it took, the `value` of the map, insertion minus
+            deletion area, the `initial_value` of the plain one, and the `gain`).
 
         Raises:
             ImageReadError: an image cannot be read.
@@ -108,22 +114,31 @@ class VisualAttributionPipeline(Pipeline):
         return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **parameters)
 
     def _sanitize_parameters(
-        self, target: int | str | None = None, top_k: int | None = None, overlay: bool | None = None, **unknown: Any
+        self,
+        target: int | str | None = None,
+        top_k: int | None = None,
+        refine: int | None = None,
+        overlay: bool | None = None,
+        **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
-            known = "target, top_k, overlay, batch_size and num_workers"
+            known = "target, top_k, refine, overlay, batch_size and num_workers"
             raise TypeError(f"The task {TASK} has no parameter {min(unknown)!r}; it has {known}.")
         classes = self.model.config.num_labels
         if top_k is not None and (isinstance(top_k, (bool, float, str)) or not 1 <= top_k <= classes):
             raise ValueError(f"top_k must lie in 1..{classes}, the number of classes, but it is {top_k!r}.")
         if target is not None and top_k not in (None, 1):
             raise ValueError("Give either target or top_k, not both.")
+        if refine is not None and (isinstance(refine, bool) or not isinstance(refine, int) or refine < 0):
+            raise ValueError(f"refine must be a number of steps, 0 or more, but it is {refine!r}.")
         if overlay not in (None, True, False):
             raise ValueError(f"overlay must be True or False, but it is {overlay!r}.")
         forward = {}
         if target is not None or top_k is not None:
             # Both, so that a call which asks another question than the constructor replaces all of it.
             forward = {"target": None if target is None else self.model.class_index(target), "top_k": top_k or 1}
+        if refine is not None:
+            forward["refine"] = refine
         return {}, forward, {} if overlay is None else {"overlay": overlay}
 
     def preprocess(self, input_: ImageSource) -> dict[str, list[Any]]:
@@ -138,37 +153,52 @@ class VisualAttributionPipeline(Pipeline):
         return {"pixel_values": [pixel_values], "photograph": [photograph]}
 
     def _forward(
-        self, input_tensors: dict[str, list[Any]], target: int | None = None, top_k: int = 1
-    ) -> dict[str, torch.Tensor | list[Any]]:
+        self, input_tensors: dict[str, list[Any]], target: int | None = None, top_k: int = 1, refine: int = 0
+    ) -> dict[str, torch.Tensor | list[Any] | None]:
         inputs = input_tensors["pixel_values"]
         # As it left `preprocess` at batch size 1, else one such list an image.
-        if isinstance(inputs[0], list):
+        batched = isinstance(inputs[0], list)
+        if batched:
             inputs = [pixel_values for entry in inputs for pixel_values in entry]
         if len({pixel_values.shape for pixel_values in inputs}) == 1:
             inputs = [torch.cat(inputs)]
-        outputs = [self._explain(pixel_values, target, top_k) for pixel_values in inputs]
+        outputs, facts = [], []
+        for pixel_values in inputs:
+            output, refinements = self._explain(pixel_values, target, top_k, refine)
+            outputs.append(output)
+            facts += [refinements[start : start + top_k] for start in range(0, len(refinements), top_k)]
         logits, targets = (torch.cat([output[key] for output in outputs]) for key in ("logits", "target"))
         scores = [scores for output in outputs for scores in output.scores]
         # transformers takes the size of the batch from the first entry, and splits all of them along it.
-        return dict(zip(_OUTPUTS, (logits, targets, scores, input_tensors["photograph"]), strict=True))
+        result = dict(zip(_OUTPUTS, (logits, targets, scores, input_tensors["photograph"]), strict=True))
+        return result | {_REFINEMENT: ([[fact] for fact in facts] if batched else facts) or None}
 
-    def _explain(self, pixel_values: torch.Tensor, target: int | None, top_k: int) -> AhaOutput:
+    def _explain(
+        self, pixel_values: torch.Tensor, target: int | None, top_k: int, refine: int
+    ) -> tuple[AhaOutput, list[dict[str, int | float]]]:
+        batch, device = len(pixel_values), pixel_values.device
+        if refine:
+            classes = None if target is None else torch.full((batch,), target, device=device)
+            return refined_maps(self.model, pixel_values, classes, top_k, refine)
         if target is not None:
-            return self.model(pixel_values, torch.full((len(pixel_values), 1), target, device=pixel_values.device))
+            return self.model(pixel_values, torch.full((batch, 1), target, device=device)), []
         if top_k > 1:
-            return self.model.explain_top(pixel_values, top_k)
+            return self.model.explain_top(pixel_values, top_k), []
         output = self.model(pixel_values)
-        return AhaOutput(scores=output.scores[:, None], logits=output.logits, target=output.target[:, None])
+        return AhaOutput(scores=output.scores[:, None], logits=output.logits, target=output.target[:, None]), []
 
     def postprocess(
-        self, model_outputs: dict[str, torch.Tensor | list[Any]], overlay: bool = True
+        self, model_outputs: dict[str, torch.Tensor | list[Any] | None], overlay: bool = True
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """Bring the scores of one photograph back to its pixels: one dict a class, and no list around a single one."""
         logits, targets, maps, photograph = (model_outputs[key][0] for key in _OUTPUTS)
+        refinements = model_outputs[_REFINEMENT]
+        refinements = [None] * len(targets) if refinements is None else refinements[0]
         geometry = InputGeometry.from_processor(self.image_processor, (photograph.height, photograph.width))
         probability = logits.float().softmax(-1)
         results = []
-        for target, scores in zip(targets.tolist(), geometry.to_original(maps).numpy(), strict=True):
+        originals = geometry.to_original(maps).numpy()
+        for target, scores, refinement in zip(targets.tolist(), originals, refinements, strict=True):
             ranks = np.nan_to_num(rank_map(scores))
             result = {
                 "label": self.model.config.id2label[target],
@@ -179,6 +209,8 @@ class VisualAttributionPipeline(Pipeline):
             }
             if overlay:
                 result["overlay"] = draw_overlay(photograph, scores)
+            if refinement is not None:
+                result[_REFINEMENT] = refinement
             results.append(result)
         return results[0] if len(results) == 1 else results
 

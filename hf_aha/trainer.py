@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration, set_seed
@@ -19,13 +20,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
+from .card_files import TRAINING_FOLDER, TRAINING_LOG, TRAINING_PLOT
 from .data import Batch, Photographs, collate, mosaic
+from .hub import add_card
 from .metrics.curves import deletion_insertion_curves
 from .modeling_aha import AhaExplainer
 from .objectives import ObjectiveOutput
 from .perturbation import Normalization, reference_image
 from .training_args import AhaTrainingArguments
-from .visualization import plot_training
+from .training_uploads import TrainingUploads
 
 
 class UnreadableDataError(ValueError):
@@ -37,7 +40,8 @@ class AhaTrainer:
 
     The run folder holds `arguments.json`, `log.jsonl` (a line every `log_steps` and every validation),
     `training.png`, `unreadable.jsonl` (rows that could not be read), `checkpoint-N/`, and the trained explainer in
-    `final/`, in Hub layout.
+    `final/`, in Hub layout with its card. With `push_to_hub` the explainer is uploaded as well; a failure of that is a
+    warning.
 
     Args:
         explainer: with a classifier attached; moved to the device that Accelerate chooses.
@@ -89,6 +93,7 @@ class AhaTrainer:
         self.batches = 0  # taken from the loader, also those without a readable row
         self.images = 0
         self.errors: list[tuple[int, str]] = []
+        self.uploads = TrainingUploads(args) if args.push_to_hub and self.accelerator.is_main_process else None
 
         loader = DataLoader(
             train_dataset,
@@ -146,6 +151,8 @@ class AhaTrainer:
         self._resume()
         if self.accelerator.is_main_process:
             self._start_files()
+            if self.uploads is not None:
+                self.uploads.start()
         self.accelerator.wait_for_everyone()
         progress = tqdm(
             total=args.max_steps, initial=self.step, disable=not self.accelerator.is_local_main_process, mininterval=5
@@ -333,7 +340,7 @@ class AhaTrainer:
 
     def _log(self, entry: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            with open(self.output / "log.jsonl", "a") as file:
+            with open(self.output / TRAINING_LOG, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
     def _save_checkpoint(self) -> None:
@@ -347,6 +354,10 @@ class AhaTrainer:
             partial.rename(folder)
             for old in _checkpoints(self.output)[: -self.args.save_total_limit]:
                 shutil.rmtree(old)
+            if self.uploads is not None:
+                self.uploads.checkpoint(
+                    self.explainer, self._final_decoder(), self._summary(), self.output / TRAINING_LOG
+                )
 
     def _resume(self) -> None:
         wanted, found = self.args.resume_from_checkpoint, _checkpoints(self.output)
@@ -370,15 +381,15 @@ class AhaTrainer:
     def _start_files(self) -> None:
         """Write the arguments, and cut the logs of an earlier run back to where this one starts."""
         self.output.mkdir(parents=True, exist_ok=True)
-        settings = json.dumps(dataclasses.asdict(self.args), indent=2)
+        settings = json.dumps(self.args.to_dict(), indent=2)
         (self.output / "arguments.json").write_text(settings + "\n")
         entries = [entry for entry in self._read_log() if entry["step"] <= self.step]
-        (self.output / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        (self.output / TRAINING_LOG).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         (self.output / "unreadable.jsonl").unlink(missing_ok=True)
         self._write_errors(self.errors)
 
     def _read_log(self) -> list[dict[str, float]]:
-        path = self.output / "log.jsonl"
+        path = self.output / TRAINING_LOG
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def _finish(self) -> None:
@@ -390,20 +401,38 @@ class AhaTrainer:
         self.explainer.eval()
         self.explainer.config.training = self._summary()
         if self.accelerator.is_main_process:
-            self.explainer.save_pretrained(self.output / "final")
-            plot_training(self._read_log(), self.output / "training.png")
+            final, log = self.output / "final", self.output / TRAINING_LOG
+            self.explainer.save_pretrained(final)
+            # Where its files lie now, so that a later push finds the log.
+            self.explainer.name_or_path = str(final)
+            name = self.args.repository_name()
+            add_card(self.explainer, final, repo_id=name, training_log=log, photographs=(), local_files_only=True)
+            shutil.copyfile(final / TRAINING_FOLDER / TRAINING_PLOT, self.output / TRAINING_PLOT)
+            if self.uploads is not None:
+                self.uploads.finish(self.explainer, log)
 
     def _summary(self) -> dict[str, object]:
         """What the config and the card say of the run; a recipe's own settings may hold folders and stay out."""
         names = {field.name for field in dataclasses.fields(AhaTrainingArguments)}
-        names -= {"output_dir", "resume_from_checkpoint"}
+        names = {name for name in names if not name.startswith("hub_")}
+        names -= {"output_dir", "resume_from_checkpoint", "push_to_hub"}
         return {
             "steps": self.step,
             "images_seen": self.images * self.accelerator.num_processes,
             "train_rows": len(self.train_dataset),
             "unreadable_rows": len(self.errors),
-            "arguments": {k: v for k, v in dataclasses.asdict(self.args).items() if v is not None and k in names},
+            **_hub_source(self.train_dataset.dataset),
+            "arguments": {k: v for k, v in self.args.to_dict().items() if v is not None and k in names},
         }
+
+
+def _hub_source(dataset: datasets.Dataset) -> dict[str, str]:
+    """Id and commit of a dataset of the Hub; nothing for other data, whose names may be folders of this machine."""
+    for url in dataset.info.download_checksums or {}:
+        found = re.match(r"hf://datasets/([\w.-]+/[\w.-]+)@([0-9a-f]{40})/", url)
+        if found:
+            return {"dataset": found[1], "dataset_revision": found[2]}
+    return {}
 
 
 _ELEVEN = tuple(step / 10 for step in range(11))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from .objectives import FaithfulnessObjective
 from .perturbation import REFERENCES
@@ -94,6 +98,24 @@ class AhaTrainingArguments:
         default=None, metadata=_help("A checkpoint folder, or `auto` for the newest one in output_dir.")
     )
 
+    push_to_hub: bool = field(
+        default=False, metadata=_help("Upload the trained explainer with its card, log and plot to the Hub.")
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata=_help("Repository to upload to; the name of output_dir in your namespace if left out.")
+    )
+    hub_strategy: str = field(
+        default="end", metadata=_help("Upload at the end, or at every_save: also, in the background, at checkpoints.")
+    )
+    hub_private_repo: bool | None = field(
+        default=None, metadata=_help("Make a new repository private; as your namespace has it if left out.")
+    )
+    hub_token: str | None = field(
+        default=None,
+        repr=False,
+        metadata=_help("Token with write access; that of `hf auth login` or HF_TOKEN if left out. Never stored."),
+    )
+
     def __post_init__(self):
         for name in _COUNTS:
             if getattr(self, name) < 1:
@@ -117,7 +139,25 @@ class AhaTrainingArguments:
             raise ValueError(
                 f"eval_references must be some of {', '.join(REFERENCES)}, but they are {self.eval_references}."
             )
+        if self.hub_strategy not in ("end", "every_save"):
+            raise ValueError(f"hub_strategy must be end or every_save, but it is {self.hub_strategy!r}.")
+        if self.push_to_hub:
+            try:
+                validate_repo_id(self.repository_name())
+            except HFValidationError as error:
+                raise ValueError(
+                    f"The explainer cannot be uploaded to {self.repository_name()!r}: give hub_model_id as NAME or "
+                    "NAMESPACE/NAME, of letters, digits, '-', '_' and '.'."
+                ) from error
         self.objective()
+
+    def repository_name(self) -> str:
+        """Where the run is uploaded to: `hub_model_id`, or the name of `output_dir`."""
+        return self.hub_model_id or Path(self.output_dir).resolve().name
+
+    def to_dict(self) -> dict[str, object]:
+        """Every setting but the token, to be written down."""
+        return {name: value for name, value in asdict(self).items() if name != "hub_token"}
 
     def objective(self) -> FaithfulnessObjective:
         """The preset with this run's overrides.

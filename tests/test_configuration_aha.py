@@ -130,12 +130,27 @@ def test_whole_numbers_serve_as_normalisation():
     assert AhaConfig(image_mean=[0, 0, 0], image_std=[1, 1, 1]).image_std == [1, 1, 1]
 
 
-def test_a_key_of_a_newer_version_is_kept_and_does_no_harm(tmp_path):
-    content = AhaConfig(taps=[5]).to_dict() | {"a_later_field": {"x": 1}}
+def test_a_key_of_a_newer_version_is_left_out_with_a_warning(tmp_path):
+    content = AhaConfig(taps=[5]).to_dict() | {"a_later_field": {"x": 1}, "transformers_weights": "other.bin"}
     (tmp_path / "config.json").write_text(json.dumps(content), encoding="utf-8")
-    config = AhaConfig.from_pretrained(tmp_path)
-    assert config.taps == [5]
-    assert config.to_dict()["a_later_field"] == {"x": 1}
+    for load in (AhaConfig.from_pretrained, AutoConfig.from_pretrained):
+        with pytest.warns(UserWarning, match="holds 'a_later_field', 'transformers_weights', which this version"):
+            config = load(tmp_path)
+        assert config.taps == [5]
+        assert not {"a_later_field", "transformers_weights"} & set(config.to_dict())
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_transformers_writes_itself_is_no_unknown_key(tmp_path):
+    content = AhaConfig(id2label={0: "a", 1: "b", 2: "c"}, dtype="bfloat16").to_dict()
+    AhaConfig.from_dict(content | {"auto_map": {"AutoModel": "modeling_aha.AhaExplainer"}, "custom_pipelines": {}})
+
+
+@pytest.mark.parametrize("name", ["base_model_revision", "encoder_revision"])
+@pytest.mark.parametrize("value", ["main", "abc", "../" * 13 + "a", "A" * 40])
+def test_models_are_pinned_to_commits_only(name, value):
+    with pytest.raises(StrictDataclassClassValidationError, match=f"{name} must be a commit of 40 hexadecimal digits"):
+        AhaConfig(**{name: value})
 
 
 def test_every_field_is_documented():

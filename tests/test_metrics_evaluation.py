@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from hf_aha.metrics import deletion_insertion_curves, evaluate_maps, get_protocol
+from hf_aha.metrics import MeasuredImages, deletion_insertion_curves, evaluate_maps, get_protocol
 from hf_aha.perturbation import Normalization, reference_image
 
 
@@ -471,11 +471,14 @@ def test_logit_scores_are_those_of_the_scored_class():
         ({"target": torch.tensor([0])}, r"target has shape \(1,\)"),
         ({"target": torch.tensor([0.0, 1.0])}, "dtype torch.float32, but must be"),
         ({"target": torch.tensor([0, 9])}, r"target holds \[0, 9\], but the classifier has the classes 0 to 3"),
-        ({"labels": torch.tensor([0, -1])}, r"labels holds \[0, -1\]"),
+        ({"labels": torch.tensor([0, -2])}, r"labels holds \[0, -2\]"),
         ({"protocol": one("chefer/positive")}, "'chefer/positive' needs the ground truth: pass labels="),
         ({"protocol": one("mda/deletion")}, "'mda/deletion' needs the ground truth"),
         ({"protocol": get_protocol("rise")[0]}, r"make it for this size with get_protocol\('rise/deletion'"),
-        ({"protocol": get_protocol("hf_aha/patch", patch_size=14)[0]}, "cells of 14 x 14 pixels, which do not divide"),
+        (
+            {"protocol": get_protocol("hf_aha/patch", patch_size=17)[0]},
+            "cells of 17 x 17 pixels, which do not fit",
+        ),
         ({"max_batch": 0}, "max_batch is 0"),
         ({"image_ids": ["a", "a"]}, "image_ids must be 2 different names"),
     ],
@@ -491,3 +494,48 @@ def test_unusable_arguments_are_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         evaluate_maps(linear(), **arguments)
+
+
+def test_cells_that_do_not_divide_the_image_are_smaller_at_the_border(make_classifier):
+    logits_of = vit_logits(make_classifier)
+    rgb, pixels, scores = batch(1)
+    target = logits_of(pixels).argmax(-1)
+    protocol = one("hf_aha/cell4/mean/deletion", unit=(6, 10), fractions=(0.0, 0.5, 1.0))
+    result = evaluate_maps(logits_of, pixels, scores, target, protocol, normalization=IMAGENET)
+    cells = [(slice(y, y + 6), slice(x, x + 10)) for y in (0, 6, 12) for x in (0, 10)]
+    means = [float(scores[0][cell].mean()) for cell in cells]
+    removed = rgb[0].clone()
+    for index in sorted(range(6), key=lambda index: -means[index])[:3]:
+        removed[(slice(None), *cells[index])] = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    close(result.curves[0, 1], probability(logits_of, IMAGENET.normalize(removed), target[0]))
+
+
+def test_several_protocols_and_maps_share_what_they_can(make_classifier):
+    model, seen = vit_logits(make_classifier), []
+
+    def logits_of(pixels):
+        seen.append(len(pixels))
+        return model(pixels)
+
+    _, pixels, scores = batch(2)
+    images = MeasuredImages(logits_of, pixels, normalization=IMAGENET)
+    assert sum(seen) == 2
+    protocols = [one("mda/mas-deletion", image_filter=None), one("mda/deletion", image_filter=None)]
+    together = images.measure(scores, images.predicted, protocols)
+    assert sum(seen) == 2 + 2 + 2 * (SIZE - 1)  # clean, reference, and one perturbed pass a point for both protocols
+    images.measure(-scores.abs() - 1, images.predicted, protocols[:1])
+    assert sum(seen) == 2 + 2 + 4 * (SIZE - 1)  # the ends of another map are known
+    for protocol, result in zip(protocols, together, strict=True):
+        alone = evaluate_maps(model, pixels, scores, images.predicted, protocol, normalization=IMAGENET)
+        assert result == alone
+
+
+def test_an_unknown_label_drops_the_image_where_the_label_counts():
+    logits_of = linear()
+    _, pixels, scores = batch(2)
+    labels = torch.tensor([1, -1])
+    options = {"normalization": IMAGENET, "labels": labels, "image_ids": ["a", "b"]}
+    target = logits_of(pixels).argmax(-1)
+    result = evaluate_maps(logits_of, pixels, scores, target, one("chefer/positive"), **options)
+    assert result.image_ids == ("a",) and result.dropped == (("b", "the label of the image is not known"),)
+    assert len(evaluate_maps(logits_of, pixels, scores, target, one("aha/deletion"), **options)) == 2

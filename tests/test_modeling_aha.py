@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -27,6 +26,7 @@ from transformers.utils import ModelOutput
 
 import hf_aha.modeling_aha as modeling
 from hf_aha import AhaConfig, AhaExplainer, AhaOutput, ClassifierMismatchError, UnsupportedClassifierError
+from hf_aha.repository_aha import ExplainerFilesError
 
 
 SIZES = {"grid_width": 16, "grid_depth": 1, "quarter_width": 8, "half_width": 8}
@@ -378,7 +378,7 @@ def test_include_classifier_needs_nothing_else(saved, classifier_folder, tmp_pat
     assert json.loads((tmp_path / "without" / "config.json").read_text())["includes_classifier"] is False
     loaded.save_pretrained(tmp_path / "elsewhere")
     assert json.loads((tmp_path / "elsewhere" / "config.json").read_text())["includes_classifier"] is False
-    with pytest.raises(OSError, match="could not be loaded; give it with classifier="):
+    with pytest.raises(OSError, match="could not be loaded: .* or give it with classifier="):
         AhaExplainer.from_pretrained(tmp_path / "elsewhere")
 
 
@@ -400,7 +400,7 @@ def test_a_classifier_built_in_memory_must_be_given_again(explainer, make_classi
 def test_the_classifier_can_be_given_as_folder_or_model(saved, classifier_folder, make_classifier, tmp_path):
     explainer, folder, pixels = saved
     shutil.move(classifier_folder, tmp_path / "moved")
-    with pytest.raises(OSError, match="could not be loaded; give it with classifier=") as caught:
+    with pytest.raises(OSError, match="could not be loaded: .* or give it with classifier=") as caught:
         AhaExplainer.from_pretrained(folder)
     assert str(folder) in str(caught.value) and str(classifier_folder) in str(caught.value)
     model = make_classifier("vit")
@@ -523,9 +523,11 @@ def test_a_config_of_another_version(saved):
     path = folder / "config.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"a_later_field": [1, 2]}))
-    assert torch.equal(AhaExplainer.from_pretrained(folder)(pixels).scores, explainer(pixels).scores)
+    with pytest.warns(UserWarning, match="holds 'a_later_field', which this version of hf_aha does not know"):
+        loaded = AhaExplainer.from_pretrained(folder)
+    assert torch.equal(loaded(pixels).scores, explainer(pixels).scores)
     path.write_text(json.dumps(content | {"grid_width": "wide"}))
-    with pytest.raises(StrictDataclassFieldValidationError, match="'grid_width' expected int"):
+    with pytest.raises(ExplainerFilesError, match="'grid_width' expected int"):
         AhaExplainer.from_pretrained(folder)
 
 
@@ -650,9 +652,10 @@ def test_auto_classes_know_it(saved):
 
 def test_its_files_travel_as_custom_code():
     package = Path(modeling.__file__).parent
-    allowed = {"torch", "transformers", "huggingface_hub"}
+    # The last two are what transformers itself cannot be installed without.
+    allowed = {"torch", "transformers", "huggingface_hub", "safetensors"}
     standard = set(sys.stdlib_module_names)
-    for name in ("configuration_aha", "classifier_aha", "decoder_aha", "encoder_aha", "modeling_aha"):
+    for name in sorted(path.stem for path in package.glob("*_aha.py")):
         assert set(get_imports(package / f"{name}.py")) - standard <= allowed, name
 
 

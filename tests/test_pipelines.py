@@ -252,6 +252,33 @@ def test_top_k_goes_from_the_most_probable_class_down(attribute):
     assert sorted(answer["target"] for answer in found) == list(LABELS)
 
 
+@pytest.mark.parametrize("processor", [SQUASH, FREE], ids=["squash", "free"])
+@pytest.mark.parametrize("question", [{}, {"target": "church"}, {"top_k": 2}], ids=str)
+def test_refinement_is_that_of_explain_at_any_batch_size(make_explainer, processor, question):
+    shapes = ((32, 48), (64, 32), (32, 48)) if processor is FREE else SHAPES[:3]
+    photographs = [make_photograph(*shape, seed) for seed, shape in enumerate(shapes)]
+    explainer = make_explainer(processor)
+    attribute = pipeline(model=explainer)
+    wanted = explainer.explain(photographs, refine=1, batch_size=1, **question)
+    plain = explainer.explain(photographs, **question)
+    for batch_size in (1, 2):
+        found = attribute(photographs, refine=1, batch_size=batch_size, overlay=False, **question)
+        for answers, expected, before in zip(found, wanted, plain, strict=True):
+            if "top_k" not in question:
+                answers, expected, before = [answers], [expected], [before]
+            for answer, explanation, unrefined in zip(answers, expected, before, strict=True):
+                assert_same(answer, explanation)
+                assert answer["refinement"].keys() == explanation.refinement.keys()
+                for name, value in explanation.refinement.items():
+                    assert answer["refinement"][name] == pytest.approx(value, abs=1e-5), name
+                assert answer["refinement"]["steps"] == 1 and answer["refinement"]["gain"] >= 0
+                if answer["refinement"]["gain"] > 1e-4:
+                    assert not np.allclose(answer["scores"], unrefined.scores)
+    assert "refinement" not in attribute(photographs[0])
+    assert "refinement" in pipeline(model=explainer, refine=1)(photographs[0])
+    assert "refinement" not in pipeline(model=explainer, refine=1)(photographs[0], refine=0)
+
+
 def test_a_call_replaces_the_question_of_the_constructor(explainer):
     photograph = PHOTOGRAPHS[0]
     predicted = explainer.explain(photograph).target
@@ -275,8 +302,11 @@ def test_a_call_replaces_the_question_of_the_constructor(explainer):
         ({"top_k": 0}, ValueError, r"top_k must lie in 1\.\.5, the number of classes, but it is 0"),
         ({"top_k": 6}, ValueError, "but it is 6"),
         ({"top_k": True}, ValueError, "but it is True"),
+        ({"refine": -1}, ValueError, "refine must be a number of steps, 0 or more, but it is -1"),
+        ({"refine": True}, ValueError, "refine must be a number of steps, 0 or more, but it is True"),
+        ({"refine": 1.5}, ValueError, "but it is 1.5"),
         ({"overlay": "yes"}, ValueError, "overlay must be True or False, but it is 'yes'"),
-        ({"targt": 1}, TypeError, "visual-attribution has no parameter 'targt'; it has target, top_k"),
+        ({"targt": 1}, TypeError, "visual-attribution has no parameter 'targt'; it has target, top_k, refine"),
     ],
     ids=str,
 )

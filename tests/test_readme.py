@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from loopback_hub import LoopbackHub, connected
 
 import hf_aha
+from hf_aha import AhaExplainer
 from hf_aha.cli import main
 
 
@@ -34,13 +36,38 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_blocks_run(folder):
-    local = [block for block in blocks("python") if "google/" not in block]
+    local = [block for block in blocks("python") if "google/" not in block and "YOUR_NAME" not in block]
     assert local, "the README shows no Python that runs offline"
     names: dict[str, object] = {}
     for block in local:
         exec(compile(block, "README.md", "exec"), names)
     assert (folder / "overlay.png").stat().st_size > 1000
     assert names["scores"].dtype == "float32"
+
+
+def test_python_that_shares_runs(folder):
+    shared = [block for block in blocks("python") if "YOUR_NAME" in block]
+    assert shared, "the README no longer shows how to share"
+    with LoopbackHub() as hub, connected(hub, folder / "home") as patch:
+        patch.setenv("HF_TOKEN", hub.add_account("YOUR_NAME"))
+        AhaExplainer.from_pretrained("imagenette-demo").push_to_hub("YOUR_NAME/aha-vit-b16")
+        for block in shared:
+            exec(compile(block, "README.md", "exec"), {})
+        assert hub.repository("YOUR_NAME/a-copy").private
+    assert (folder / "overlay.png").stat().st_size > 1000
+
+
+def test_measuring_commands_run(folder):
+    for index, photograph in enumerate(PHOTOGRAPHS[:2]):
+        place = folder / "data" / "validation" / f"class-{index}"
+        place.mkdir(parents=True)
+        shutil.copy(photograph, place)
+    commands = [line for line in README.splitlines() if line.startswith(("hf-aha evaluate ", "hf-aha benchmark "))]
+    assert commands
+    for command in commands:
+        words = shlex.split(command.replace("FOLDER_OR_ID", str(folder / "data")).replace("--protocol all", ""))
+        assert main([*words[1:], "--quiet"]) == 0, command
+    assert (folder / "evaluation" / "results.md").exists() and (folder / "benchmark" / "results.md").exists()
 
 
 def test_explain_commands_run(folder):

@@ -145,6 +145,20 @@ def test_training_goes_on_from_another_explainer(tmp_path, train_explainer, clas
     assert message == "grid_width does not go with init_from, whose explainer settles it; leave it out."
 
 
+def test_a_bfloat16_classifier_trains_an_explainer_of_the_full_one(
+    tmp_path, train_explainer, classifier_folder, photographs
+):
+    words = explainer_words(tmp_path, "--classifier", classifier_folder, "--dataset", photographs, "--max_steps", "2")
+    words += ["--mixed_precision", "bf16", "--classifier_dtype", "bfloat16"]
+    explainer = train_explainer.main(words)
+    assert explainer.classifier.model.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in explainer.decoder.parameters()} == {torch.float32}
+    loaded = AhaExplainer.from_pretrained(tmp_path / "run" / "final")
+    assert loaded.classifier.model.dtype == torch.float32
+    expected = loaded.classifier.fingerprint()
+    assert torch.allclose(torch.tensor(loaded.config.base_model_fingerprint), torch.tensor(expected), atol=1e-5)
+
+
 def test_a_wrong_start_is_one_sentence(tmp_path, train_explainer, classifier_folder, photographs):
     def refused(*words: str) -> str:
         return one_sentence(train_explainer.main, explainer_words(tmp_path, *words))
@@ -154,6 +168,8 @@ def test_a_wrong_start_is_one_sentence(tmp_path, train_explainer, classifier_fol
     assert refused(*both[:2]) == "dataset is missing: give it in the YAML file or as --dataset."
     assert "did you mean 'classifier'?" in refused("--clasifier", classifier_folder)
     assert refused(*both, "--max_steps", "0") == "max_steps must be at least 1, but it is 0."
+    assert "must be float32 or bfloat16, but it is 'half'" in refused(*both, "--classifier_dtype", "half")
+    assert "goes with mixed_precision bf16 only" in refused(*both, "--classifier_dtype", "bfloat16")
     assert "The training cannot start: " in refused(*both, "--train_split", "test")
     assert "no column 'kind'" in refused(*both, "--label_column", "kind")
     assert "has no label column" in refused(*both, "--target_classes", "label")

@@ -40,8 +40,8 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
 
 
-def load_explainer(arguments: argparse.Namespace) -> AhaExplainer:
-    """Load the explainer that `arguments` name, with its classifier, in eval mode on the wanted device.
+def load_explainer(arguments: argparse.Namespace, *, load_classifier: bool = True) -> AhaExplainer:
+    """Load the explainer that `arguments` name, with its classifier if wished, in eval mode on the wanted device.
 
     Raises:
         CommandError: there is no such device, or the explainer or its classifier cannot be loaded.
@@ -67,6 +67,7 @@ def load_explainer(arguments: argparse.Namespace) -> AhaExplainer:
         explainer = AhaExplainer.from_pretrained(
             arguments.explainer,
             classifier=arguments.classifier,
+            load_classifier=load_classifier,
             revision=arguments.revision or "main",
             local_files_only=arguments.local_files_only,
             dtype=getattr(torch, arguments.dtype),

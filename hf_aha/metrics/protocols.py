@@ -73,7 +73,8 @@ class Protocol:
             `"mean_interval"`, (sum - half of both ends) / (points - 1).
         ties: equal scores go by lowest index first, or the value and the curve are means over random orders of them.
         higher_is_better: must agree with `order` and `start`.
-        unit: `"pixel"`, or (height, width) in pixels of the cells that are ranked (by their mean score) and perturbed.
+        unit: `"pixel"`, or (height, width) in pixels of the cells that are ranked (by their mean score) and perturbed;
+            where they do not divide the image, those at the right and the lower border are smaller.
         step: units a point, with rounding `"step"` only.
         map_values: `"absolute"` takes the magnitude of the scores first and so forgets their sign.
         tie_orders, tie_seed: number and seed of the random orders; the same orders serve every image.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..classifier_aha import FINGERPRINT_TOLERANCE, fingerprint_distance
 from ..files import write_atomically
 from .protocols import Protocol
 
@@ -29,19 +30,26 @@ class ResultContext:
     Attributes:
         method: the attribution method, as tables should call it.
         classifier, classifier_revision: id and commit of the target model.
+        classifier_fingerprint: its behaviour (`FrozenClassifier.fingerprint`). Where both results have one, it decides
+            whether the target model is the same, since one model lies under several names (a folder, an id).
         dataset, dataset_revision, split: id, commit and split of the images.
+        seed: of the order in which the images were drawn from the split.
         processor: settings of the image processor, JSON values.
     """
 
     method: str = "unnamed"
     classifier: str | None = None
     classifier_revision: str | None = None
+    classifier_fingerprint: tuple[float, ...] | None = None
     dataset: str | None = None
     dataset_revision: str | None = None
     split: str | None = None
+    seed: int | None = None
     processor: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.classifier_fingerprint is not None:
+            object.__setattr__(self, "classifier_fingerprint", tuple(map(float, self.classifier_fingerprint)))
         # As it will be read from a file, so that a stored result equals the measured one.
         object.__setattr__(self, "processor", json.loads(json.dumps(self.processor)))
 
@@ -93,6 +101,25 @@ class ProtocolResult:
         )
 
     __hash__ = None
+
+    def select(self, image_ids: Sequence[str]) -> ProtocolResult:
+        """The same result on some of its images, measured or dropped, in the order in which they were measured.
+
+        Raises:
+            ValueError: an image is neither among the measured nor among the dropped ones.
+        """
+        wanted = set(image_ids)
+        unknown = wanted - {*self.image_ids, *(image for image, _ in self.dropped)}
+        if unknown:
+            raise ValueError(f"The image {min(unknown)!r} is not in this result, nor {len(unknown) - 1} others.")
+        rows = [row for row, image in enumerate(self.image_ids) if image in wanted]
+        arrays = {name: getattr(self, name) for name in _PER_IMAGE}
+        return replace(
+            self,
+            image_ids=tuple(self.image_ids[row] for row in rows),
+            dropped=tuple(pair for pair in self.dropped if pair[0] in wanted),
+            **{name: None if array is None else array[rows] for name, array in arrays.items()},
+        )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `path`.parquet, a row an image, and `path`.json, everything else; returns the path of the JSON file.
@@ -231,7 +258,7 @@ def summarise(result: ProtocolResult, *, resamples: int = 2000, seed: int = 0, c
     Example:
         `print(summarise(result))` prints `0.412 [0.398, 0.427]`.
     """
-    return _bootstrap(result.values, len(result.dropped), result.protocol.name, resamples, seed, confidence)
+    return bootstrap(result.values, len(result.dropped), result.protocol.name, resamples, seed, confidence)
 
 
 def paired_difference(
@@ -267,7 +294,7 @@ def paired_difference(
             f"{first.target[row]} in the first and {second.target[right[other_class[0]]]} in the second."
         )
     difference = first.values[left].astype(np.float64) - second.values[right]
-    return _bootstrap(difference, len(tried[0]) - len(pairs), first.protocol.name, resamples, seed, confidence)
+    return bootstrap(difference, len(tried[0]) - len(pairs), first.protocol.name, resamples, seed, confidence)
 
 
 def results_table(
@@ -315,7 +342,18 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def _bootstrap(values: np.ndarray, left_out: int, name: str, resamples: int, seed: int, confidence: float) -> Summary:
+def bootstrap(
+    values: np.ndarray, left_out: int, name: str, resamples: int = 2000, seed: int = 0, confidence: float = 0.95
+) -> Summary:
+    """Mean of per-image values with its percentile interval; `name` and `left_out` are for the record and the error.
+
+    Raises:
+        ValueError: there is no value, or resamples or confidence are out of range.
+
+    Example:
+        >>> print(bootstrap(np.array([0.5]), 0, "aha/deletion"))
+        0.500 (one image, no interval)
+    """
     if not len(values):
         raise ValueError(
             f"No image has a value of {name}: all {left_out} were left out, see `dropped` for the reasons."
@@ -344,9 +382,19 @@ def _check_comparable(first: ProtocolResult, second: ProtocolResult) -> None:
             f"Results of different protocols cannot be compared: {first.protocol.name!r} and {second.protocol.name!r} "
             f"differ in {', '.join(differing)}."
         )
+    same_by_name = {"method"}
+    prints = first.context.classifier_fingerprint, second.context.classifier_fingerprint
+    if None not in prints:
+        distance = fingerprint_distance(*prints) if len(prints[0]) == len(prints[1]) else 2.0
+        if distance > FINGERPRINT_TOLERANCE:
+            raise ValueError(
+                f"Results for different target models cannot be compared: the fingerprints of "
+                f"{first.context.classifier!r} and {second.context.classifier!r} lie {distance:.3f} apart."
+            )
+        same_by_name |= {"classifier", "classifier_revision"}
     for field in fields(ResultContext):
         ours, theirs = getattr(first.context, field.name), getattr(second.context, field.name)
-        if field.name != "method" and ours != theirs:
+        if field.name not in {*same_by_name, "classifier_fingerprint"} and ours != theirs:
             raise ValueError(
                 f"Results with a different {field.name.replace('_', ' ')} cannot be compared: {ours!r} and {theirs!r}."
             )

@@ -1,0 +1,68 @@
+"""The passes of the target model that a metric asks for, in bfloat16 where the machine is faster with it."""
+
+from __future__ import annotations
+
+import torch
+
+from ..classifier_aha import FrozenClassifier
+
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+"""What `target_passes` accepts."""
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 have units of their own on this device.
+
+    Example:
+        >>> isinstance(has_fast_bfloat16(torch.device("cpu")), bool)
+        True
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # Private names of torch, absent on some platforms; without them the safe answer is no.
+        asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, name)() for name in asked if hasattr(torch.cpu, name))
+    return False
+
+
+class TargetPasses:
+    """The classifier as metrics call it: (N, 3, H, W) -> logits (N, C), without gradients.
+
+    bfloat16 means autocast: the weights stay as they are, and everything after the logits is float32.
+
+    Args:
+        classifier: the target model; never moved or cast.
+        precision: `"float32"`, the classifier's own dtype; `"bfloat16"`; or `"auto"`, bfloat16 where it is fast.
+
+    Attributes:
+        precision: the one in use, `"float32"` or `"bfloat16"`.
+        images: images passed so far.
+
+    Raises:
+        ValueError: unknown precision; bfloat16 for a classifier in float16, which autocast cannot mix with it.
+
+    Example:
+        `evaluate_maps(TargetPasses(explainer.classifier), pixel_values, scores, target, protocol, ...)`
+    """
+
+    def __init__(self, classifier: FrozenClassifier, precision: str = "auto") -> None:
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}.")
+        self.classifier = classifier
+        weights = next(classifier.parameters())
+        self.device, self.dtype = weights.device, weights.dtype
+        if precision == "bfloat16" and self.dtype == torch.float16:
+            raise ValueError("The classifier is in float16, which bfloat16 does not mix with: load it in float32.")
+        fits = has_fast_bfloat16(self.device) and self.dtype != torch.float16
+        fast = precision == "bfloat16" or (precision == "auto" and fits)
+        self.precision = "bfloat16" if fast else "float32"
+        self.images = 0
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Logits (N, C) of images on the classifier's device."""
+        self.images += len(pixel_values)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return self.classifier(pixel_values.to(self.dtype)).logits
