@@ -107,7 +107,7 @@ class AhaExplainer(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["AttributionDecoder"]
-    # The decoder has no attention, so `set_attn_implementation` is up to the classifier and the encoder.
+    # The decoder has no attention; what is possible is up to the classifier and the encoder.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config: AhaConfig):
@@ -486,6 +486,12 @@ class AhaExplainer(PreTrainedModel):
             max_shard_size="50GB" if max_shard_size is None else max_shard_size,
             tags=tags,
         )
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """Choose how the classifier, and the encoder if there is one, compute attention; as in transformers."""
+        frozen_parts = [self._require_classifier(), *([] if self.encoder is None else [self.encoder])]
+        for frozen in frozen_parts:
+            frozen.model.set_attn_implementation(attn_implementation, allow_all_kernels)
 
     def train(self, mode: bool = True) -> AhaExplainer:
         """Set the decoder's mode; the classifier and the encoder stay in eval mode."""

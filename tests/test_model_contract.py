@@ -138,6 +138,8 @@ def test_another_attention_reaches_the_classifier(explainer, pixels):
         torch.testing.assert_close(explainer(pixels, 1).scores, wanted, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="attn_implementation=.foo."):
         explainer.set_attn_implementation("foo")
+    with pytest.raises(RuntimeError, match="No classifier is attached"):
+        AhaExplainer(AhaConfig()).set_attn_implementation("eager")
 
 
 # ------------------------------------------------------------------------------------------------------------ training
