@@ -114,7 +114,8 @@ def plot_training(log: Sequence[Mapping[str, object]], path: str | PathLike[str]
         _decorate(axes, _PANELS.get(quantity, quantity), "step", "")
         if len(series) > 1 or set(series) != {quantity}:
             names = [key.rpartition("/")[0] or "training" for key in series]
-            _add_legend(axes, handles, names)
+            # Below the panel: noisy curves leave no free corner in it.
+            _add_legend(axes, handles, names, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
     return _saved(figure, path)
 
 
@@ -172,10 +173,10 @@ def _decorate(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.margins(x=0.02)
 
 
-def _add_legend(axes: Axes, handles: list, names: list[str]) -> None:
+def _add_legend(axes: Axes, handles: list, names: list[str], **place: object) -> None:
     # matplotlib leaves names that begin with an underscore out of a legend.
     shown = [f" {name}" if name.startswith("_") else name for name in names]
-    legend = axes.legend(handles, shown, frameon=False, fontsize=10)
+    legend = axes.legend(handles, shown, frameon=False, fontsize=10, **place)
     for text in legend.get_texts():
         text.set_parse_math(False)
 
