@@ -18,6 +18,7 @@ _COARSEST = 3  # rows or columns at which a grid is small enough to be solved di
 # Share of a Jacobi step. The largest eigenvalue of the scaled stencil is 4/3 on the image, where full steps damp every
 # fast error to a third, and about 3/2 on the coarser grids.
 _FINE_STEP, _COARSE_STEP = 1.0, 0.85
+_SAFE_STEP = 1.9
 _CPU_PIXELS = 2 * 224 * 224
 
 
@@ -262,8 +263,10 @@ def _coarsen(level: _Level) -> _Coarse:
     stencil = seen.gather(1, torch.stack(shifts)[None].expand_as(seen))
     # An even side gets a row or column without equations, as on the image.
     stencil = torch.nn.functional.pad(stencil, (0, 1 - width % 2, 0, 1 - height % 2))
-    middle = stencil[:, 4:5]
-    return _Coarse(stencil, torch.where(middle > 0, _COARSE_STEP / middle, 0.0))
+    middle, row_sum = stencil[:, 4:5], stencil.abs().sum(1, keepdim=True)
+    # A step below 2 / (sum of a row's magnitudes) shrinks every error, which conjugate gradients rely on.
+    step = torch.minimum(_COARSE_STEP / middle, _SAFE_STEP / row_sum)
+    return _Coarse(stencil, torch.where(middle > 0, step, 0.0))
 
 
 def _pseudo_inverse(level: _Level) -> torch.Tensor:
