@@ -272,7 +272,10 @@ def _title(measurement: Measurement) -> Markdown:
     title = f"{measurement.protocol}{version}"
     counts = {value.images for value in measurement.values}
     photographs = f" ({counts.pop():,} photographs)" if len(counts) == 1 else ""
-    return Markdown(escape_markdown(title[:1].upper() + title[1:]) + photographs)
+    # The name of a protocol, such as hf_aha/patch/blur, is one to type; everything else is words.
+    if "/" not in measurement.protocol:
+        title = title[:1].upper() + title[1:].replace("_", " ")
+    return Markdown(escape_markdown(title) + photographs)
 
 
 def _facts(measurement: Measurement) -> Markdown:
