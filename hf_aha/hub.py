@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,8 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -279,8 +282,16 @@ def inherited_licence(
             local_files_only=local_files_only,
         )
         return licence_of_card(ModelCard.load(path, ignore_metadata_errors=True))
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError):
-        # A card that is missing, closed to this token or malformed names no licence, and our card says so.
+    except (HfHubHTTPError, EntryNotFoundError, HTTPError, OSError, ValueError) as error:
+        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        # Where there is no card, or the Hub is not to be asked, our card says that it knows of no licence.
+        if not absent and not local_files_only:
+            reason = _without_token(" ".join(str(error).split()), token)
+            warnings.warn(
+                f"The card of the target model {source} could not be read, so this card names no licence; name it "
+                f"with licence=... or --license. Reason: {reason}",
+                stacklevel=2,
+            )
         return None
 
 

@@ -226,7 +226,8 @@ def test_the_licence_is_looked_for_and_may_be_absent(hub, token, explainer, tmp_
     assert inherited_licence(explainer).identifier == "cc-by-4.0"
     hub.clear_log()
     explainer.config.base_model_revision = "f" * 40
-    assert inherited_licence(explainer) is None
+    with pytest.warns(UserWarning, match="google/tiny-vit could not be read, so this card names no licence"):
+        assert inherited_licence(explainer) is None
     hub.clear_log()
     assert inherited_licence(explainer, local_files_only=True) is None and not hub.requests
     explainer.config.base_model_name_or_path = str(tmp_path / "absent")

@@ -98,8 +98,12 @@ def load(arguments: argparse.Namespace, *, with_classifier: bool = False) -> Aha
         try:
             return load_explainer(wanted)
         except CommandError as error:
-            hint = "" if with_classifier else " (with --no-examples the classifier is not needed)"
-            raise CommandError(f"{str(error).rstrip('.')}{hint}.") from error
+            if with_classifier:
+                raise
+            # Raises by itself where it is not the classifier that is missing.
+            load_explainer(wanted, load_classifier=False)
+            hint = "with --no-examples the classifier is not needed"
+            raise CommandError(f"{str(error).rstrip('.')} ({hint}).") from error
     return load_explainer(wanted, load_classifier=False)
 
 
