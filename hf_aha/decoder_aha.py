@@ -41,6 +41,41 @@ class TokenProjection(nn.Module):
         return self.linear(self.norm(tokens))
 
 
+class GradientStem(nn.Module):
+    """Gradient maps at several scales, as features of the patch grid and of half the resolution, and as a score.
+
+    A single pixel's gradient is noisy. Its mean over a neighbourhood says where the evidence lies, and the decoder
+    learns how much of each to trust. Every map is divided by its own root mean square over the image.
+
+    Args:
+        num_maps: maps an image.
+        grid_width, half_width: channels of the features.
+    """
+
+    WINDOWS = (1, 5, 15)
+
+    def __init__(self, num_maps: int, grid_width: int, half_width: int):
+        super().__init__()
+        channels = num_maps * len(self.WINDOWS)
+        self.to_grid = nn.Conv2d(num_maps, grid_width, 1)
+        self.to_half = nn.Conv2d(4 * channels, half_width, 3, padding=1)
+        self.to_score = nn.Conv2d(channels, 1, 1)
+
+    def forward(
+        self, maps: torch.Tensor, grid: tuple[int, int], half: tuple[int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Maps (B, num_maps, H, W) -> (B, grid_width, gh, gw), (B, half_width, *half) and scores (B, 1, H, W)."""
+        with torch.autocast(maps.device.type, enabled=False):
+            maps = maps.float()
+            coarse = _unit(F.adaptive_avg_pool2d(maps, grid))
+            fine = torch.cat([_unit(_local_mean(maps, window)) for window in self.WINDOWS], dim=1)
+            score = _mix_channels_float32(self.to_score, fine).permute(0, 3, 1, 2)
+        height, width = fine.shape[-2:]
+        fine = F.pad(fine, (0, 2 * half[1] - width, 0, 2 * half[0] - height))
+        dtype = self.to_grid.weight.dtype
+        return self.to_grid(coarse.to(dtype)), self.to_half(F.pixel_unshuffle(fine, 2).to(dtype)), score
+
+
 @dataclass(frozen=True)
 class DecoderFeatures:
     """What does not depend on the class asked about, computed once an image.
@@ -61,6 +96,10 @@ class DecoderFeatures:
         """The same features `times` times an image, for as many classes: batch B becomes B * times."""
         # Indexing keeps the channels last, `repeat_interleave` does not.
         rows = torch.arange(self.grid.shape[0], device=self.grid.device).repeat_interleave(times)
+        return self.rows(rows)
+
+    def rows(self, rows: torch.Tensor | slice) -> DecoderFeatures:
+        """The features of some images."""
         return DecoderFeatures(self.grid[rows], self.quarter[rows], self.half[rows], self.size)
 
 
@@ -79,6 +118,7 @@ class AttributionDecoder(nn.Module):
         grid_width, grid_depth: channels and blocks on the patch grid.
         quarter_width: channels at a quarter of the resolution.
         half_width: channels at half of the resolution.
+        num_gradient_maps: gradient maps an image; 0 for the decoder that reads the forward pass alone.
 
     Example:
         >>> decoder = AttributionDecoder(8, 1, 8, grid_width=8, grid_depth=1, quarter_width=8, half_width=8)
@@ -99,6 +139,7 @@ class AttributionDecoder(nn.Module):
         grid_depth: int = 3,
         quarter_width: int = 48,
         half_width: int = 16,
+        num_gradient_maps: int = 0,
     ):
         super().__init__()
         self.taps = nn.ModuleList(TokenProjection(token_size, grid_width) for _ in range(num_taps))
@@ -113,6 +154,7 @@ class AttributionDecoder(nn.Module):
         self.quarter_to_half = nn.Conv2d(quarter_width, half_width, 1)
         self.half_block = ConvBlock(half_width, 5)
         self.pixel_score = nn.Conv2d(half_width, 4, 1)
+        self.gradient_stem = GradientStem(num_gradient_maps, grid_width, half_width) if num_gradient_maps else None
 
     def encode(self, tokens: Sequence[torch.Tensor], pixel_values: torch.Tensor) -> DecoderFeatures:
         """Compute what serves every class.
@@ -134,35 +176,60 @@ class AttributionDecoder(nn.Module):
         half = _gelu(F.conv2d(pixels, F.pixel_shuffle(self.half_stem.weight, 2), self.half_stem.bias, 2, 2))
         return DecoderFeatures(grid, self.quarter_stem(half), half, (height, width))
 
-    def decode(self, features: DecoderFeatures, class_vectors: torch.Tensor) -> torch.Tensor:
+    def decode(
+        self, features: DecoderFeatures, class_vectors: torch.Tensor, gradients: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Scores (B, H, W) in float32, higher = more important, for one class an image.
 
         Args:
             features: of `encode`.
             class_vectors: (B, class_vector_size).
+            gradients: (B, num_gradient_maps, H, W) for the same classes, of `gradient_maps`; for a decoder with a
+                gradient stem only.
         """
+        if (gradients is None) != (self.gradient_stem is None):
+            raise ValueError(
+                "The decoder reads gradient maps: give them as gradients=..."
+                if gradients is None
+                else "The decoder reads no gradient maps: leave gradients out."
+            )
         scale, shift = self.class_modulation(self.class_norm(class_vectors.to(self.class_norm.weight.dtype))).chunk(
             2, dim=-1
         )
         grid = features.grid * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+        half, gradient_score = features.half, None
+        if gradients is not None:
+            gradient_grid, gradient_half, gradient_score = self.gradient_stem(
+                gradients, grid.shape[-2:], half.shape[-2:]
+            )
+            grid, half = grid + gradient_grid, half + gradient_half
         grid = self.grid_blocks(grid)
         quarter = _resize(self.grid_to_quarter(grid), features.quarter.shape[-2:]).add_(features.quarter)
         quarter = self.quarter_block(quarter)
-        half = _resize(self.quarter_to_half(quarter), features.half.shape[-2:]).add_(features.half)
+        half = _resize(self.quarter_to_half(quarter), half.shape[-2:]).add_(half)
         half = self.half_block(half)
         # Scores are ranked: in bfloat16 thousands of pixels would tie, so the last step is float32 under any autocast.
         with torch.autocast(half.device.type, enabled=False):
-            pixel = _convolve_float32(self.pixel_score, half)
-            coarse = _convolve_float32(self.grid_score, grid)
+            pixel = _mix_channels_float32(self.pixel_score, half)
+            coarse = _mix_channels_float32(self.grid_score, grid).permute(0, 3, 1, 2)
             height, width = features.size
-            pixel = _smooth(F.pixel_shuffle(pixel.contiguous(), 2)[..., :height, :width])
+            # Four channels become 2 x 2 pixels.
+            pixel = pixel.unflatten(3, (2, 2)).permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2)
+            pixel = pixel[:, None, :height, :width]
+            if gradient_score is not None:
+                pixel = pixel + gradient_score
+            pixel = _smooth(pixel)
             return _resize(coarse, features.size).add_(pixel)[:, 0]
 
     def forward(
-        self, tokens: Sequence[torch.Tensor], pixel_values: torch.Tensor, class_vectors: torch.Tensor
+        self,
+        tokens: Sequence[torch.Tensor],
+        pixel_values: torch.Tensor,
+        class_vectors: torch.Tensor,
+        gradients: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`decode(encode(tokens, pixel_values), class_vectors)`: scores (B, H, W), float32."""
-        return self.decode(self.encode(tokens, pixel_values), class_vectors)
+        """`decode(encode(tokens, pixel_values), class_vectors, gradients)`: scores (B, H, W), float32."""
+        return self.decode(self.encode(tokens, pixel_values), class_vectors, gradients)
 
 
 def _gelu(x: torch.Tensor) -> torch.Tensor:
@@ -188,8 +255,20 @@ def _smooth(scores: torch.Tensor) -> torch.Tensor:
     return x / 16
 
 
-def _convolve_float32(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    return F.conv2d(x.float(), layer.weight.float(), layer.bias.float())
+def _local_mean(x: torch.Tensor, window: int) -> torch.Tensor:
+    window = min(window, *(side - 1 + side % 2 for side in x.shape[-2:]))
+    return F.avg_pool2d(x, window, stride=1, padding=window // 2, count_include_pad=False) if window > 1 else x
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Each map of (B, C, H, W) divided by its root mean square; zero maps stay zero."""
+    size = x.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    return x / size.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+def _mix_channels_float32(layer: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """A 1 x 1 convolution of (B, C, H, W) to (B, H, W, C') in float32, as the product of matrices it is."""
+    return F.linear(x.permute(0, 2, 3, 1).float(), layer.weight.flatten(1).float(), layer.bias.float())
 
 
 __all__ = ["AttributionDecoder", "DecoderFeatures"]

@@ -108,15 +108,16 @@ def test_features_are_computed_once_for_several_classes():
     calls = []
     decoder.quarter_stem.register_forward_hook(lambda *_: calls.append(1))
     features = decoder.encode(tokens, pixels)
-    before = [features.grid.clone(), features.quarter.clone(), features.half.clone()]
+    parts = ("grid", "quarter", "half")
+    before = [getattr(features, name).clone() for name in parts]
     scores = decoder.decode(features.repeat(4), vectors.flatten(0, 1)).unflatten(0, (3, 4))
     assert len(calls) == 1
     assert features.repeat(4).half.is_contiguous(memory_format=torch.channels_last)
     for place in range(4):
         expected = decoder(tokens, pixels, vectors[:, place])
         torch.testing.assert_close(scores[:, place], expected, atol=1e-4, rtol=1e-4)
-    for tensor, copy in zip((features.grid, features.quarter, features.half), before, strict=True):
-        assert torch.equal(tensor, copy), "decode changed the features in place"
+    for name, copy in zip(parts, before, strict=True):
+        assert torch.equal(getattr(features, name), copy), f"decode changed {name} in place"
 
 
 def test_the_wrong_number_of_layers_is_refused():
@@ -176,3 +177,31 @@ def test_scores_cannot_dither():
         smoothed = _smooth(pattern.float()[None, None])[0, 0, 1:-1, 1:-1]
         assert torch.allclose(smoothed, torch.full_like(smoothed, 0.5))
     assert torch.equal(_smooth(torch.full((1, 1, 3, 5), 2.0)), torch.full((1, 1, 3, 5), 2.0))
+
+
+def make_gradients(batch=2, maps=4, size=(32, 32)):
+    return torch.randn(batch, maps, *size)
+
+
+def test_gradient_maps_matter_and_their_scale_does_not():
+    decoder = make_decoder(num_gradient_maps=4)
+    inputs, gradients = make_inputs(), make_gradients()
+    scores = decoder(*inputs, gradients)
+    assert (decoder(*inputs, make_gradients()) != scores).float().mean() > 0.99
+    scales = torch.tensor([1e-6, 3.0, 0.1, 1e6])[None, :, None, None]
+    torch.testing.assert_close(decoder(*inputs, gradients * scales), scores, atol=1e-3, rtol=1e-3)
+    assert torch.isfinite(decoder(*inputs, torch.zeros_like(gradients))).all()
+
+
+@pytest.mark.parametrize("size", [(30, 29), (42, 42), (7, 9), (1, 1)])
+def test_gradient_maps_of_any_size(size):
+    decoder = make_decoder(num_gradient_maps=2)
+    scores = decoder(*make_inputs(size=size, grid=(2, 2)), make_gradients(maps=2, size=size))
+    assert scores.shape == (2, *size) and bool(torch.isfinite(scores).all())
+
+
+def test_gradient_maps_are_demanded_or_refused():
+    with pytest.raises(ValueError, match="The decoder reads gradient maps: give them"):
+        make_decoder(num_gradient_maps=4)(*make_inputs())
+    with pytest.raises(ValueError, match="reads no gradient maps: leave gradients out"):
+        make_decoder()(*make_inputs(), make_gradients())

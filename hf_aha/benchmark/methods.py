@@ -17,7 +17,7 @@ from ..modeling_aha import AhaExplainer
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LearnedExplainer(Method):
-    """A trained explainer as a method among the baselines: one pass of the classifier and a light decoder.
+    """A trained explainer as a method among the baselines: a light decoder beside the classifier's passes.
 
     Args:
         explainer: with its classifier; explains that one only.
@@ -35,14 +35,18 @@ class LearnedExplainer(Method):
 
     @property
     def title(self) -> str:
+        """Its name in tables."""
         return self.heading
 
     @property
     def name(self) -> str:
+        """Its name in files."""
         return self.label
 
     def passes(self, grid: tuple[int, int] = (14, 14), width: int = 768) -> Passes:
-        return Passes(1, 0)
+        """One forward pass, and as many of both kinds more as it reads gradients."""
+        gradients = (self.explainer.config.passes_per_explanation - 1) // 2
+        return Passes(1 + gradients, gradients)
 
     def _scores(self, classifier: FrozenClassifier, pixel_values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         own = self.explainer.classifier
