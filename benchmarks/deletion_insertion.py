@@ -258,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object] | None:
     parser.add_argument("--classifier", required=True, help="folder or Hub id, with its image processor")
     parser.add_argument("--images", type=int, default=4, help="images a turn (default: 4)")
     parser.add_argument("--repeats", type=int, default=5, help="counted turns (default: 5)")
-    parser.add_argument("--max-batch", type=int, default=40, help="images a pass of ours (default: 40)")
+    parser.add_argument("--max-batch", type=int, default=10, help="images a pass of ours (default: 10)")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the passes (default: auto)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")

@@ -56,7 +56,7 @@ class BenchmarkSettings:
     context: ResultContext
     normalization: Normalization
     batch_size: int = 8
-    max_batch: int = 40
+    max_batch: int = 10
     precision: str = "auto"
     seed: int = 0
     examples: int = 4

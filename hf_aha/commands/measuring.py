@@ -60,7 +60,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, output: str) -> Non
     )
     group.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images at a time (default: 8)")
     group.add_argument(
-        "--max-batch", type=_positive, default=40, metavar="N", help="perturbed images in a pass (default: 40)"
+        "--max-batch", type=_positive, metavar="N", help="perturbed images in a pass (default: 10 on a CPU, else 128)"
     )
     group = parser.add_argument_group("output")
     group.add_argument("--output", type=Path, default=Path(output), metavar="DIR", help="(default: %(default)s)")
@@ -168,7 +168,7 @@ def run_measurement(
     from ..benchmark.runner import run_identity
     from ..metrics import ResultContext
     from ..metrics.passes import TargetPasses
-    from ..perturbation import Normalization
+    from ..perturbation import Normalization, perturbed_batch_size
 
     metrics, unmasked = find_metrics(arguments.metrics)
     find_protocols(protocol_words, explainer, has_labels=True)  # a wrong name is said before anything is loaded
@@ -198,6 +198,7 @@ def run_measurement(
         **facts,
     )
     normalization = Normalization(explainer.config.image_mean, explainer.config.image_std)
+    max_batch = arguments.max_batch or perturbed_batch_size(explainer.device)
     try:
         settings = BenchmarkSettings(
             entries=entries,
@@ -206,7 +207,7 @@ def run_measurement(
             context=context,
             normalization=normalization,
             batch_size=arguments.batch_size,
-            max_batch=arguments.max_batch,
+            max_batch=max_batch,
             precision=arguments.precision,
             seed=arguments.seed,
             examples=arguments.examples,
@@ -217,7 +218,7 @@ def run_measurement(
         )
     except torch.OutOfMemoryError as error:
         raise CommandError(
-            f"memory ran out with --max-batch {arguments.max_batch}; give a smaller one and --resume, or --device cpu."
+            f"memory ran out with --max-batch {max_batch}; give a smaller one and --resume, or --device cpu."
         ) from error
     except (BenchmarkError, ValueError) as error:
         raise CommandError(sentence(error)) from error

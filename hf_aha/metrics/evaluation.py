@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..perturbation import Normalization, pool_to_cells
+from ..perturbation import Normalization, perturbed_batch_size, pool_to_cells
 from ..ranking import hard_ranks
 from .protocols import ADAPTIVE_BLUR, Protocol
 from .reduction import class_scores, curve_areas, protocol_response
@@ -34,7 +34,7 @@ def evaluate_maps(
     *,
     normalization: Normalization,
     labels: torch.Tensor | None = None,
-    max_batch: int = 40,
+    max_batch: int | None = None,
     image_ids: Sequence[str] | None = None,
     context: ResultContext | None = None,
 ) -> ProtocolResult:
@@ -55,7 +55,7 @@ def evaluate_maps(
         normalization: mean and std of the image processor.
         labels: (B,) ground truth, -1 where unknown; needed by accuracy, by class_source "label" and by the filter
             "mda".
-        max_batch: images a forward pass.
+        max_batch: perturbed images a forward pass; `perturbed_batch_size` of the device when left out.
         image_ids: unique name of each image, for pairing and for the list of dropped ones; default "0", "1", ...
         context: what was measured; needed to tell later which results may be compared.
 
@@ -127,13 +127,15 @@ class MeasuredImages:
         *,
         normalization: Normalization,
         labels: torch.Tensor | None = None,
-        max_batch: int = 40,
+        max_batch: int | None = None,
         image_ids: Sequence[str] | None = None,
     ) -> None:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or not len(pixel_values):
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}, but must be (batch, 3, height, width)."
             )
+        if max_batch is None:
+            max_batch = perturbed_batch_size(pixel_values.device)
         if max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}, but must be positive.")
         batch = len(pixel_values)
