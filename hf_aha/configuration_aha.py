@@ -11,10 +11,13 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from .references_aha import REFERENCES
+
 
 # Far beyond any sensible decoder: a config from a stranger must not ask for all memory and time of the machine.
 _LARGEST_SIZE = 2**16
 _LARGEST_DEPTH = 2**10
+_MOST_GRADIENT_POINTS = 2**10
 
 # What transformers itself writes into a config.json or reads from it, beside the fields.
 _OTHER_KEYS = {
@@ -51,6 +54,12 @@ class AhaConfig(PreTrainedConfig):
         grid_width, grid_depth (`int`, default to 160 and 3): channels and blocks of the decoder on the patch grid.
         quarter_width (`int`, defaults to 48): channels at a quarter of the resolution.
         half_width (`int`, defaults to 16): channels at half of the resolution.
+        gradient_features (`int`, defaults to 0): points between a reference and the image at which the decoder reads
+            the classifier's gradient, for each of `gradient_references`; each costs a forward and a backward pass an
+            explanation. 0 is the single-pass explainer.
+        gradient_references (`list[str]`, defaults to `["blur", "mean"]`): kinds of reference, see `reference_image`.
+        init_from (`dict`, *optional*): the explainer of another classifier that the decoder started from: its name as
+            `explainer`, its classifier as `base_model`, and which parts were `copied` and which were `new`.
         includes_classifier (`bool`, defaults to `False`): the classifier's weights lie in the subfolder `classifier`.
         training (`dict`, *optional*): summary of the training run, shown in the model card.
 
@@ -83,13 +92,33 @@ class AhaConfig(PreTrainedConfig):
     grid_depth: int = 3
     quarter_width: int = 48
     half_width: int = 16
+    gradient_features: int = 0
+    gradient_references: list[str] | tuple[str, ...] = ("blur", "mean")
+    init_from: dict[str, Any] | None = None
     includes_classifier: bool = False
     training: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
-        for name in ("image_size", "patch_size", "image_mean", "image_std", "taps"):
+        for name in (
+            "image_size",
+            "patch_size",
+            "image_mean",
+            "image_std",
+            "taps",
+            "gradient_references",
+        ):
             setattr(self, name, list(getattr(self, name)))
         super().__post_init__(**kwargs)
+
+    @property
+    def num_gradient_maps(self) -> int:
+        """Gradient maps an image and class: two for each reference, or none."""
+        return 2 * len(self.gradient_references) if self.gradient_features else 0
+
+    @property
+    def passes_per_explanation(self) -> int:
+        """Passes of the classifier one explanation costs; a backward pass to the pixels counts like a forward."""
+        return 1 + 2 * self.gradient_features * len(self.gradient_references)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
@@ -132,6 +161,20 @@ class AhaConfig(PreTrainedConfig):
             raise ValueError(f"grid_depth must not be negative, but it is {self.grid_depth}.")
         if self.grid_depth > _LARGEST_DEPTH:
             raise ValueError(f"grid_depth must be at most {_LARGEST_DEPTH}, but it is {self.grid_depth}.")
+        if not 0 <= self.gradient_features <= _MOST_GRADIENT_POINTS:
+            raise ValueError(
+                f"gradient_features must lie in 0..{_MOST_GRADIENT_POINTS}, but it is {self.gradient_features}."
+            )
+        unknown = [kind for kind in self.gradient_references if kind not in REFERENCES]
+        if (
+            unknown
+            or not self.gradient_references
+            or len(set(self.gradient_references)) < len(self.gradient_references)
+        ):
+            raise ValueError(
+                f"gradient_references must be some of {', '.join(REFERENCES)}, each once, but it is "
+                f"{self.gradient_references}."
+            )
         if not self.taps or min(self.taps) < 1:
             raise ValueError(f"taps must name at least one layer, counted from 1, but it is {self.taps}.")
         for name, length in (("image_size", 2), ("patch_size", 2), ("image_mean", 3), ("image_std", 3)):

@@ -23,8 +23,10 @@ from transformers.utils.hub import extract_commit_hash
 
 from .classifier_aha import FINGERPRINT_TOLERANCE, FrozenClassifier, fingerprint_distance
 from .configuration_aha import AhaConfig
+from .contrast_aha import contrast_classes, contrast_scores
 from .decoder_aha import AttributionDecoder
 from .encoder_aha import FrozenEncoder, mean_and_std
+from .gradients_aha import gradient_maps
 from .labels_aha import class_index
 from .loading_aha import (
     CLASSIFIER_SUBFOLDER,
@@ -40,7 +42,9 @@ from .loading_aha import (
     reading_weights,
 )
 from .loading_aha import load_classifier as load_hub_classifier
+from .references_aha import Normalization
 from .repository_aha import ExplainerAccessError, ExplainerFilesError, Place, find_weights
+from .transfer_aha import settings_from, started_from, taps_from
 
 
 # What a load of the explainer passes on to the load of its classifier. `revision` is absent on purpose: the
@@ -51,6 +55,16 @@ _MODEL_ARGUMENTS = ("dtype", "device_map", "attn_implementation")
 
 # Where a repository that carries the code keeps the classes, for the auto classes of transformers.
 _AUTO_MAP = {"AutoConfig": "configuration_aha.AhaConfig", "AutoModel": "modeling_aha.AhaExplainer"}
+
+# What `from_classifier` passes on to the config.
+_DECODER_SETTINGS = (
+    "grid_width",
+    "grid_depth",
+    "quarter_width",
+    "half_width",
+    "gradient_features",
+    "gradient_references",
+)
 
 # Arguments of `save_pretrained(push_to_hub=True)` that are about the upload.
 _PUSH_ARGUMENTS = (
@@ -79,11 +93,13 @@ class AhaOutput(ModelOutput):
             counts.
         logits (`torch.FloatTensor` of shape `(batch, num_labels)`): the classifier's own, from the same forward.
         target (`torch.LongTensor` of shape `(batch,)` or `(batch, classes)`): the classes explained.
+        against (`torch.LongTensor` of the shape of `target`, *optional*): the classes they were compared with.
     """
 
     scores: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     target: torch.LongTensor | None = None
+    against: torch.LongTensor | None = None
 
 
 class AhaExplainer(PreTrainedModel):
@@ -123,6 +139,7 @@ class AhaExplainer(PreTrainedModel):
             grid_depth=config.grid_depth,
             quarter_width=config.quarter_width,
             half_width=config.half_width,
+            num_gradient_maps=config.num_gradient_maps,
         )
         self.classifier: FrozenClassifier | None = None
         self.encoder: FrozenEncoder | None = None
@@ -145,6 +162,7 @@ class AhaExplainer(PreTrainedModel):
         cls,
         classifier: PreTrainedModel | str | os.PathLike[str],
         *,
+        init_from: AhaExplainer | str | os.PathLike[str] | None = None,
         image_processor: BaseImageProcessor | None = None,
         encoder: str | os.PathLike[str] | None = None,
         taps: Sequence[int] | None = None,
@@ -154,33 +172,43 @@ class AhaExplainer(PreTrainedModel):
         local_files_only: bool = False,
         dtype: torch.dtype | str = torch.float32,
         attn_implementation: str | None = None,
-        **decoder_sizes: int,
+        **decoder_settings: Any,
     ) -> AhaExplainer:
         """Build an untrained explainer for a classifier; every shape is derived from the classifier.
 
         Args:
             classifier: a loaded image classifier, a Hub id, or a folder. A loaded one is frozen and set to eval mode,
                 but never moved or cast.
+            init_from: an explainer of another classifier, or its Hub id, folder or bundled name. The decoder starts
+                with every part of its decoder that fits, and takes its settings where none are given; what was copied
+                is noted in `config.init_from`. Needs less training than a decoder from scratch, but is no trained
+                explainer yet.
             image_processor: the classifier's; loaded from the same place when left out.
-            encoder: a separate frozen backbone for the tokens (the paper's choice); the classifier itself when left
-                out.
-            taps: layers to read, from 1; a quarter, half, three quarters and all of them when left out.
+            encoder: a separate frozen backbone for the tokens (the paper's choice); that of `init_from`, or the
+                classifier itself, when left out.
+            taps: layers to read, from 1; a quarter, half, three quarters and all of them when left out, or those of
+                `init_from` where it reads a model of the same depth.
             revision, token, cache_dir, local_files_only: as in transformers, for the classifier given by id.
             dtype, attn_implementation: of the classifier given by id, and of the encoder.
-            **decoder_sizes: `grid_width`, `grid_depth`, `quarter_width`, `half_width` of [`AhaConfig`].
+            **decoder_settings: `grid_width`, `grid_depth`, `quarter_width`, `half_width`,
+                `gradient_features` and `gradient_references` of [`AhaConfig`].
 
         Raises:
             UnsupportedClassifierError: the model is no classifier of a supported family.
             ExplainerAccessError: the classifier or the encoder is not found, private, gated, or not reached.
             ExplainerFilesError: its weights are pickled or damaged, or it is no image classifier of transformers.
-            ValueError: the classifier has no image processor and none is given; a tap does not exist.
-            TypeError: unknown name among the decoder's sizes.
+            ValueError: the classifier has no image processor and none is given; a tap does not exist; nothing of
+                `init_from` fits.
+            TypeError: unknown name among the decoder's settings; `init_from` is no explainer.
         """
-        unknown = set(decoder_sizes) - {"grid_width", "grid_depth", "quarter_width", "half_width"}
+        unknown = set(decoder_settings) - set(_DECODER_SETTINGS)
         if unknown:
             raise TypeError(f"from_classifier() has no argument {sorted(unknown)[0]!r}.")
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         check_arguments("from_classifier", hub)
+        start = None if init_from is None else cls._to_start_from(init_from, hub)
+        if start is not None:
+            decoder_settings = settings_from(start.config, _DECODER_SETTINGS, decoder_settings)
         model_arguments = {"dtype": dtype} | (
             {"attn_implementation": attn_implementation} if attn_implementation else {}
         )
@@ -203,11 +231,17 @@ class AhaExplainer(PreTrainedModel):
             where = "was built in memory" if not place else f"{source} has no preprocessor_config.json"
             raise ValueError(f"The classifier {where}, so give its image_processor as well.")
         frozen_encoder = encoder_commit = None
+        encoder_revision = None
+        if encoder is None and start is not None:
+            encoder, encoder_revision = start.config.encoder_name_or_path, start.config.encoder_revision
         if encoder is not None:
-            place = Place(str(encoder), f"The encoder {encoder}", hub=hub)
+            place = Place(str(encoder), f"The encoder {encoder}", revision=encoder_revision, hub=hub)
             place, frozen_encoder = load_encoder(place, model_arguments)
             encoder_commit = None if place.is_folder else place.revision
         tokens_of = frozen if frozen_encoder is None else frozen_encoder
+        if taps is None:
+            taps = None if start is None else taps_from(start.config, tokens_of.num_layers)
+            taps = taps or _default_taps(tokens_of.num_layers)
         mean, std = mean_and_std(image_processor)
         config = AhaConfig(
             base_model_name_or_path=source,
@@ -220,16 +254,31 @@ class AhaExplainer(PreTrainedModel):
             image_std=std,
             token_size=tokens_of.hidden_size,
             class_vector_size=frozen.class_vector_size,
-            taps=list(taps) if taps is not None else _default_taps(tokens_of.num_layers),
+            taps=list(taps),
             encoder_name_or_path=None if encoder is None else str(encoder),
             encoder_revision=encoder_commit,
             id2label=dict(frozen.id2label),
             label2id={label: index for index, label in frozen.id2label.items()},
-            **decoder_sizes,
+            **decoder_settings,
         )
         explainer = cls(config)
         explainer.attach(frozen, encoder=frozen_encoder, image_processor=image_processor, check_fingerprint=False)
+        if start is not None:
+            name = start.name_or_path or "in memory" if init_from is start else init_from
+            config.init_from = started_from(explainer.decoder, config, start.decoder, start.config, name)
         return explainer
+
+    @classmethod
+    def _to_start_from(cls, init_from: AhaExplainer | str | os.PathLike[str], hub: dict[str, Any]) -> AhaExplainer:
+        if isinstance(init_from, (str, os.PathLike)):
+            given = {name: value for name, value in hub.items() if value is not None}
+            return cls.from_pretrained(init_from, load_classifier=False, **given)
+        # By its config, because an explainer loaded as custom code of the Hub is of another class.
+        if getattr(getattr(init_from, "config", None), "model_type", None) != AhaConfig.model_type:
+            raise TypeError(
+                f"init_from must be an explainer, or its Hub id or folder, but it is {type(init_from).__name__}."
+            )
+        return init_from
 
     @classmethod
     def from_pretrained(
@@ -508,6 +557,8 @@ class AhaExplainer(PreTrainedModel):
         pixel_values: torch.Tensor,
         target: torch.Tensor | int | None = None,
         return_dict: bool | None = None,
+        *,
+        against: torch.Tensor | int | None = None,
     ) -> AhaOutput | tuple[torch.Tensor, ...]:
         """Score every pixel for one or several classes an image, in one forward of the classifier.
 
@@ -515,18 +566,25 @@ class AhaExplainer(PreTrainedModel):
             pixel_values: (B, 3, H, W) pixels as the classifier's image processor makes them.
             target: class index for all images, (B,) one an image, or (B, M) several; the predicted class when left
                 out.
-            return_dict: `False` returns the tuple (scores, logits, target).
+            return_dict: `False` returns the tuple (scores, logits, target), and `against` where it was given.
+            against: class, (B,) or as many as the target: explains why the target rather than this one. High scores
+                then speak for the target and low ones for `against`. Without a target, the most probable class other
+                than `against` is asked about.
 
         Returns:
             [`AhaOutput`] with scores (B, H, W), or (B, M, H, W) for a target of shape (B, M).
 
         Raises:
-            ValueError: NaN or infinite pixels, a class out of range, a target of the wrong length.
+            ValueError: NaN or infinite pixels, a class out of range, a target of the wrong length, or a class compared
+                with itself.
             RuntimeError: no classifier is attached.
         """
         self._require_classifier()
         _check_finite(pixel_values)
         tokens, logits = self.features(pixel_values)
+        if against is not None:
+            output = self._explain_contrast(tokens, logits, pixel_values, target, against)
+            return output.to_tuple() if return_dict is False else output
         target = logits.argmax(dim=-1) if target is None else self._check_target(target, pixel_values)
         output = self._explain_features(tokens, logits, pixel_values, target)
         return (output.scores, output.logits, output.target) if return_dict is False else output
@@ -554,10 +612,37 @@ class AhaExplainer(PreTrainedModel):
         scores = []
         for rows in parts:
             features = self.decoder.encode([layer[rows] for layer in tokens], pixel_values[rows])
+            pixels, classes = pixel_values[rows], target[rows].flatten()
             if target.ndim == 2:
                 features = features.repeat(target.shape[1])
-            scores.append(self.decoder.decode(features, self.classifier.class_vectors(target[rows].flatten())))
+                pixels = pixels.repeat_interleave(target.shape[1], dim=0)
+            gradients = self.gradients(pixels, classes)
+            scores.append(self.decoder.decode(features, self.classifier.class_vectors(classes), gradients))
         return AhaOutput(scores=torch.cat(scores).unflatten(0, target.shape), logits=logits, target=target)
+
+    def _explain_contrast(
+        self,
+        tokens: Sequence[torch.Tensor],
+        logits: torch.Tensor,
+        pixel_values: torch.Tensor,
+        target: torch.Tensor | int | None,
+        against: torch.Tensor | int,
+    ) -> AhaOutput:
+        target, against = self._check_contrast(logits, pixel_values, target, against)
+        pairs = torch.stack([target, against], dim=-1).flatten(1)
+        maps = self._explain_features(tokens, logits, pixel_values, pairs).scores.unflatten(1, (-1, 2))
+        scores = contrast_scores(maps[:, :, 0], maps[:, :, 1]).view(*target.shape, *maps.shape[-2:])
+        return AhaOutput(scores=scores, logits=logits, target=target, against=against)
+
+    def _check_contrast(
+        self,
+        logits: torch.Tensor,
+        pixel_values: torch.Tensor,
+        target: torch.Tensor | int | None,
+        against: torch.Tensor | int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        target = None if target is None else self._check_target(target, pixel_values)
+        return contrast_classes(logits, target, self._check_target(against, pixel_values, "against"))
 
     def features(self, pixel_values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """What the frozen parts give: the tapped tokens, one (B, gh, gw, D) a layer, and logits (B, num_labels)."""
@@ -568,11 +653,28 @@ class AhaExplainer(PreTrainedModel):
         tokens = self.encoder(pixel_values, self.config.taps, self.config.image_mean, self.config.image_std)
         return tokens, classifier(pixel_values).logits
 
+    def gradients(self, pixel_values: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
+        """Gradient maps (B, num_gradient_maps, H, W) that the decoder reads beside the features, for (B,) classes.
+
+        `None` for the single-pass explainer, which reads none.
+        """
+        if not self.config.gradient_features:
+            return None
+        return gradient_maps(
+            self._require_classifier(),
+            pixel_values,
+            target,
+            Normalization(self.config.image_mean, self.config.image_std),
+            references=self.config.gradient_references,
+            points=self.config.gradient_features,
+        )
+
     def explain(
         self,
         images: Any,
         target: int | str | Sequence[int | str] | torch.Tensor | None = None,
         *,
+        against: int | str | Sequence[int | str] | torch.Tensor | None = None,
         top_k: int = 1,
         batch_size: int = 8,
         refine: int = 0,
@@ -582,7 +684,9 @@ class AhaExplainer(PreTrainedModel):
         Args:
             images: a PIL image, path, http(s) URL, encoded bytes or array, or a list of them.
             target: class index or label for all images, or one an image; the predicted class when left out.
-            top_k: explain this many of the most probable classes instead; not together with `target`.
+            against: class index or label for all images, or one an image: explains why the target rather than this
+                one. Without a target, the most probable class other than this one is asked about.
+            top_k: explain this many of the most probable classes instead; not together with `target` or `against`.
             batch_size: images a forward pass.
             refine: steps of test-time refinement on each map, as `refine` does by default; many more passes.
 
@@ -592,16 +696,18 @@ class AhaExplainer(PreTrainedModel):
 
         Raises:
             ImageReadError: an image cannot be read.
-            ValueError: an unknown label (near ones are suggested), a class out of range, a list of the wrong length.
+            ValueError: an unknown label (near ones are suggested), a class out of range or compared with itself, or a
+                list of the wrong length.
         """
         module = _import_package_module("explanation", "explain")
-        return module.explain(self, images, target, top_k=top_k, batch_size=batch_size, refine=refine)
+        return module.explain(self, images, target, against=against, top_k=top_k, batch_size=batch_size, refine=refine)
 
     def refine(
         self,
         pixel_values: torch.Tensor,
         target: torch.Tensor | int | None = None,
         *,
+        against: torch.Tensor | int | None = None,
         steps: int = 10,
         reference: str = "blur",
         scope: str = "scores",
@@ -621,6 +727,7 @@ class AhaExplainer(PreTrainedModel):
             self,
             pixel_values,
             target,
+            against=against,
             steps=steps,
             reference=reference,
             scope=scope,
@@ -640,18 +747,20 @@ class AhaExplainer(PreTrainedModel):
         """
         return class_index(target, self.config.id2label)
 
-    def _check_target(self, target: torch.Tensor | int, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _check_target(
+        self, target: torch.Tensor | int, pixel_values: torch.Tensor, name: str = "target"
+    ) -> torch.Tensor:
         batch, device = pixel_values.shape[0], pixel_values.device
         if not isinstance(target, torch.Tensor):
             target = torch.as_tensor(target, device=device)
         target = target.to(device)
         if target.is_floating_point() or target.dtype == torch.bool:
-            raise ValueError(f"target must hold class indices as integers, but its dtype is {target.dtype}.")
+            raise ValueError(f"{name} must hold class indices as integers, but its dtype is {target.dtype}.")
         if target.ndim == 0:
             target = target.expand(batch)
         if target.ndim > 2 or target.shape[0] != batch:
             raise ValueError(
-                f"target has shape {tuple(target.shape)} for {batch} images; "
+                f"{name} has shape {tuple(target.shape)} for {batch} images; "
                 f"give one class, ({batch},) or ({batch}, M)."
             )
         if not torch.compiler.is_compiling():

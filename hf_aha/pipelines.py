@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .explanation import refined_maps
+from .explanation import plain_maps, refined_maps
 from .geometry import InputGeometry
 from .images import ImageReadError, ImageSource, read_image
 from .modeling_aha import AhaExplainer, AhaOutput
@@ -25,6 +25,7 @@ from .visualization import rank_map
 TASK = "visual-attribution"
 _OUTPUTS = ("logits", "target", "scores", "photograph")
 _REFINEMENT = "refinement"
+_AGAINST = "against"
 
 
 class VisualAttributionPipeline(Pipeline):
@@ -35,8 +36,8 @@ class VisualAttributionPipeline(Pipeline):
         device: moves the explainer there; it stays where it is when left out.
         dtype: what the explainer is in; another one is refused, not cast.
         local_files_only: `transformers.pipeline` hands it on after the loading; no effect here.
-        **parameters: defaults for every call, as there: `target`, `top_k`, `refine`, `overlay`, `batch_size`,
-            `num_workers`.
+        **parameters: defaults for every call, as there: `target`, `against`, `top_k`, `refine`, `overlay`,
+            `batch_size`, `num_workers`.
 
     Raises:
         TypeError: the model is no explainer; a parameter does not exist.
@@ -89,11 +90,12 @@ class VisualAttributionPipeline(Pipeline):
             inputs: whatever `read_image` reads, or a list or tuple of that, a column of a `datasets` dataset, a torch
                 dataset such as `KeyDataset`, or any iterator.
             **parameters: `target`, class index or label to explain in all photographs, the predicted class of each
-                when left out; `top_k`, explain this many of the most probable classes instead; `refine`, steps of
-                test-time refinement on each map, which cost many more passes (default: 0); `overlay`, draw the map
-                over the photograph (default: True); `batch_size`, photographs a forward pass (default: 1);
-                `num_workers`, processes that read and prepare them (default: 0). A `target` or `top_k` given here
-                replaces whichever of them the constructor was given.
+                when left out; `against`, class index or label: explain why the target rather than this class, or,
+                without a target, why the most probable class other than this one; `top_k`, explain this many of the
+                most probable classes instead; `refine`, steps of test-time refinement on each map, which cost many
+                more passes (default: 0); `overlay`, draw the map over the photograph (default: True); `batch_size`,
+                photographs a forward pass (default: 1); `num_workers`, processes that read and prepare them
+                (default: 0). A `target`, `against` or `top_k` given here replaces all three of the constructor's.
 
         Returns:
             for one photograph one dict, or with `top_k` > 1 a list of them, most probable class first; for a list or
@@ -101,13 +103,15 @@ class VisualAttributionPipeline(Pipeline):
             `score` (the class's softmax probability), `target` (its index), `scores` ((H, W) float32 in the
             photograph's own pixels, higher = more important, NaN where the classifier did not look), `mask` (a grey
             PIL image of the ranks: white = most important, black also where not looked at) and `overlay` (an RGB one);
-            with `refine` also `refinement` (the `steps` and `passes` it took, the `value` of the map, insertion minus
-            deletion area, the `initial_value` of the plain one, and the `gain`).
+            with `against` also `against` (its index), `against_label` and `against_score`, and an overlay of both ends
+            of the map; with `refine` also `refinement` (the `steps` and `passes` it took, the `value` of the map,
+            insertion minus deletion area, the `initial_value` of the plain one, and the `gain`).
 
         Raises:
             ImageReadError: an image cannot be read.
             TypeError: an input is no image at all; a parameter does not exist.
-            ValueError: an unknown label (near ones are suggested), a number out of range, `top_k` beside `target`.
+            ValueError: an unknown label (near ones are suggested), a number out of range, `top_k` beside `target` or
+                `against`, a class compared with itself.
         """
         inputs = _streamable(inputs)
         # The base class looks at the first entry.
@@ -116,27 +120,35 @@ class VisualAttributionPipeline(Pipeline):
     def _sanitize_parameters(
         self,
         target: int | str | None = None,
+        against: int | str | None = None,
         top_k: int | None = None,
         refine: int | None = None,
         overlay: bool | None = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
-            known = "target, top_k, refine, overlay, batch_size and num_workers"
+            known = "target, against, top_k, refine, overlay, batch_size and num_workers"
             raise TypeError(f"The task {TASK} has no parameter {min(unknown)!r}; it has {known}.")
         classes = self.model.config.num_labels
         if top_k is not None and (isinstance(top_k, (bool, float, str)) or not 1 <= top_k <= classes):
             raise ValueError(f"top_k must lie in 1..{classes}, the number of classes, but it is {top_k!r}.")
-        if target is not None and top_k not in (None, 1):
-            raise ValueError("Give either target or top_k, not both.")
+        for name, given in (("target", target), ("against", against)):
+            if given is not None and top_k not in (None, 1):
+                raise ValueError(f"Give either {name} or top_k, not both.")
         if refine is not None and (isinstance(refine, bool) or not isinstance(refine, int) or refine < 0):
             raise ValueError(f"refine must be a number of steps, 0 or more, but it is {refine!r}.")
         if overlay not in (None, True, False):
             raise ValueError(f"overlay must be True or False, but it is {overlay!r}.")
         forward = {}
-        if target is not None or top_k is not None:
-            # Both, so that a call which asks another question than the constructor replaces all of it.
-            forward = {"target": None if target is None else self.model.class_index(target), "top_k": top_k or 1}
+        if target is not None or against is not None or top_k is not None:
+            # All, so that a call which asks another question than the constructor replaces all of it.
+            target, against = (None if given is None else self.model.class_index(given) for given in (target, against))
+            if target is not None and target == against:
+                raise ValueError(
+                    f"Class {target} ({self.model.config.id2label[target]}) is compared with itself: target and "
+                    "against must be two classes."
+                )
+            forward = {"target": target, "against": against, "top_k": top_k or 1}
         if refine is not None:
             forward["refine"] = refine
         return {}, forward, {} if overlay is None else {"overlay": overlay}
@@ -153,7 +165,12 @@ class VisualAttributionPipeline(Pipeline):
         return {"pixel_values": [pixel_values], "photograph": [photograph]}
 
     def _forward(
-        self, input_tensors: dict[str, list[Any]], target: int | None = None, top_k: int = 1, refine: int = 0
+        self,
+        input_tensors: dict[str, list[Any]],
+        target: int | None = None,
+        against: int | None = None,
+        top_k: int = 1,
+        refine: int = 0,
     ) -> dict[str, torch.Tensor | list[Any] | None]:
         inputs = input_tensors["pixel_values"]
         # As it left `preprocess` at batch size 1, else one such list an image.
@@ -164,28 +181,26 @@ class VisualAttributionPipeline(Pipeline):
             inputs = [torch.cat(inputs)]
         outputs, facts = [], []
         for pixel_values in inputs:
-            output, refinements = self._explain(pixel_values, target, top_k, refine)
+            output, refinements = self._explain(pixel_values, target, against, top_k, refine)
             outputs.append(output)
             facts += [refinements[start : start + top_k] for start in range(0, len(refinements), top_k)]
         logits, targets = (torch.cat([output[key] for output in outputs]) for key in ("logits", "target"))
         scores = [scores for output in outputs for scores in output.scores]
         # transformers takes the size of the batch from the first entry, and splits all of them along it.
         result = dict(zip(_OUTPUTS, (logits, targets, scores, input_tensors["photograph"]), strict=True))
+        result[_AGAINST] = None if against is None else torch.cat([output.against for output in outputs])
         return result | {_REFINEMENT: ([[fact] for fact in facts] if batched else facts) or None}
 
     def _explain(
-        self, pixel_values: torch.Tensor, target: int | None, top_k: int, refine: int
+        self, pixel_values: torch.Tensor, target: int | None, against: int | None, top_k: int, refine: int
     ) -> tuple[AhaOutput, list[dict[str, int | float]]]:
-        batch, device = len(pixel_values), pixel_values.device
+        target, against = (
+            None if given is None else torch.full((len(pixel_values),), given, device=pixel_values.device)
+            for given in (target, against)
+        )
         if refine:
-            classes = None if target is None else torch.full((batch,), target, device=device)
-            return refined_maps(self.model, pixel_values, classes, top_k, refine)
-        if target is not None:
-            return self.model(pixel_values, torch.full((batch, 1), target, device=device)), []
-        if top_k > 1:
-            return self.model.explain_top(pixel_values, top_k), []
-        output = self.model(pixel_values)
-        return AhaOutput(scores=output.scores[:, None], logits=output.logits, target=output.target[:, None]), []
+            return refined_maps(self.model, pixel_values, target, top_k, refine, against=against)
+        return plain_maps(self.model, pixel_values, target, top_k, against=against), []
 
     def postprocess(
         self, model_outputs: dict[str, torch.Tensor | list[Any] | None], overlay: bool = True
@@ -194,11 +209,13 @@ class VisualAttributionPipeline(Pipeline):
         logits, targets, maps, photograph = (model_outputs[key][0] for key in _OUTPUTS)
         refinements = model_outputs[_REFINEMENT]
         refinements = [None] * len(targets) if refinements is None else refinements[0]
+        others = model_outputs[_AGAINST]
+        others = [None] * len(targets) if others is None else others[0].tolist()
         geometry = InputGeometry.from_processor(self.image_processor, (photograph.height, photograph.width))
         probability = logits.float().softmax(-1)
         results = []
         originals = geometry.to_original(maps).numpy()
-        for target, scores, refinement in zip(targets.tolist(), originals, refinements, strict=True):
+        for target, other, scores, refinement in zip(targets.tolist(), others, originals, refinements, strict=True):
             ranks = np.nan_to_num(rank_map(scores))
             result = {
                 "label": self.model.config.id2label[target],
@@ -207,8 +224,11 @@ class VisualAttributionPipeline(Pipeline):
                 "scores": scores,
                 "mask": Image.fromarray((255 * ranks).round().astype(np.uint8)),
             }
+            if other is not None:
+                result[_AGAINST], result["against_label"] = other, self.model.config.id2label[other]
+                result["against_score"] = float(probability[other])
             if overlay:
-                result["overlay"] = draw_overlay(photograph, scores)
+                result["overlay"] = draw_overlay(photograph, scores, sign="positive" if other is None else "both")
             if refinement is not None:
                 result[_REFINEMENT] = refinement
             results.append(result)

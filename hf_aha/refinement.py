@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
+from .contrast_aha import contrast_scores
 from .decoder_aha import AttributionDecoder, DecoderFeatures
 from .modeling_aha import AhaExplainer, _check_finite
 from .perturbation import REFERENCES, Normalization, deletion_images, insertion_images, reference_image
@@ -18,12 +19,13 @@ from .ranking import make_ranker
 
 
 SCOPES = ("scores", "latent", "decoder")
+"""What refinement may move: the map, the decoder's tokens on the patch grid, or a copy of its last layers."""
 
 LEARNING_RATES: Mapping[str, float] = {"scores": 0.2, "latent": 0.05, "decoder": 0.02}
 """Default step of each scope: root mean square of the first update, in units of what the scope moves."""
 
-# The layers of `AttributionDecoder` after its patch grid, and the patch grid's own score.
 DECODER_LAYERS = ("grid_score", "quarter_block", "quarter_to_half", "half_block", "pixel_score")
+"""What the scope `"decoder"` moves: the decoder's layers after its patch grid, and the patch grid's own score."""
 
 # Where training ends by default. Hard masks go forward, so the temperature only sets how wide the gradient reaches.
 _TAU = 0.3
@@ -42,7 +44,9 @@ class RefinementOutput(ModelOutput):
         initial_scores (`torch.FloatTensor` of shape `(batch, height, width)`): the explainer's own map.
         logits (`torch.FloatTensor` of shape `(batch, num_labels)`): the classifier's.
         target (`torch.LongTensor` of shape `(batch,)`): the classes explained.
-        value (`torch.FloatTensor` of shape `(batch,)`): insertion area minus deletion area of `scores`, -1..1.
+        against (`torch.LongTensor` of shape `(batch,)`, *optional*): the classes they were compared with.
+        value (`torch.FloatTensor` of shape `(batch,)`): insertion area minus deletion area of `scores`, -1..1; of the
+            difference of the two classes' probabilities, hence -2..2, where `against` was given.
         initial_value (`torch.FloatTensor` of shape `(batch,)`): the same of `initial_scores`.
         gain (`torch.FloatTensor` of shape `(batch,)`): `value - initial_value`, never negative.
         steps_taken (`torch.LongTensor` of shape `(batch,)`): updates made.
@@ -54,6 +58,7 @@ class RefinementOutput(ModelOutput):
     initial_scores: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     target: torch.LongTensor | None = None
+    against: torch.LongTensor | None = None
     value: torch.FloatTensor | None = None
     initial_value: torch.FloatTensor | None = None
     gain: torch.FloatTensor | None = None
@@ -66,6 +71,7 @@ def refine(
     pixel_values: torch.Tensor,
     target: torch.Tensor | int | None = None,
     *,
+    against: torch.Tensor | int | None = None,
     steps: int = 10,
     reference: str = "blur",
     scope: str = "scores",
@@ -91,6 +97,8 @@ def refine(
         explainer: with a classifier attached.
         pixel_values: (B, 3, H, W) pixels as the classifier's image processor makes them.
         target: class index for all images or (B,) one an image; the predicted class when left out.
+        against: class for all images or (B,) one an image, as in [`AhaExplainer.forward`]: the curves are then those
+            of the target's probability minus this class's.
         steps: most updates an image; 0 only measures the plain map.
         reference: what a removed pixel becomes: `"black"`, `"mean"`, `"blur"` or `"noise"`.
         scope: what moves. `"scores"`: a correction of the map with one value a patch and one a quarter of a patch,
@@ -122,23 +130,24 @@ def refine(
     sizes by the norm of a whole gradient instead of Adam's for each element.
     """
     _check_arguments(steps, reference, scope, learning_rate, curve_points, tolerance, max_passes, max_batch)
-    forward_cost = 2 * curve_points
+    plain_cost, forward_cost = _plain_cost(explainer, against is not None), 2 * curve_points
     if max_passes is not None:
-        if max_passes < 1 + forward_cost:
+        if max_passes < plain_cost + forward_cost:
             raise ValueError(
-                f"max_passes is {max_passes}, but measuring the plain map alone takes {1 + forward_cost}; give at "
-                "least that many, or fewer curve_points."
+                f"max_passes is {max_passes}, but measuring the plain map alone takes {plain_cost + forward_cost}; "
+                "give at least that many, or fewer curve_points."
             )
         # A step is a backward pass through the last measurement and the measurement of the new map.
-        steps = min(steps, (max_passes - 1 - forward_cost) // (2 * forward_cost))
+        steps = min(steps, (max_passes - plain_cost - forward_cost) // (2 * forward_cost))
     rate = LEARNING_RATES[scope] if learning_rate is None else learning_rate
     # Tensors made in inference mode cannot take part in a backward pass, so everything is made outside of it.
     with torch.inference_mode(False):
         pixel_values = pixel_values.clone() if pixel_values.is_inference() else pixel_values.detach()
-        if isinstance(target, torch.Tensor):
-            target = target.clone()
+        target, against = (
+            classes.clone() if isinstance(classes, torch.Tensor) else classes for classes in (target, against)
+        )
         with torch.no_grad():
-            start = _start(explainer, pixel_values, target, reference, seed)
+            start = _start(explainer, pixel_values, target, against, reference, seed)
             offsets, render = _SCOPES[scope](explainer, start)
         curves = _Curves(explainer, start, curve_points, max_batch)
         return _search(start, curves, _Descent(offsets, rate), render, steps, tolerance)
@@ -146,14 +155,20 @@ def refine(
 
 @dataclass(frozen=True)
 class _Start:
-    """What does not change while maps are refined; one row an image."""
+    """What does not change while maps are refined; one row an image.
+
+    Where the target is compared with another class, `class_vectors` (B, 2, D) and `gradients` (B, 2, maps, H, W) hold
+    both classes.
+    """
 
     pixel_values: torch.Tensor
     references: torch.Tensor
     features: DecoderFeatures
     class_vectors: torch.Tensor
+    gradients: torch.Tensor | None
     logits: torch.Tensor
     target: torch.Tensor
+    against: torch.Tensor | None
     scores: torch.Tensor
 
 
@@ -162,23 +177,59 @@ _Render = Callable[[list[torch.Tensor], torch.Tensor], torch.Tensor]
 
 
 def _start(
-    explainer: AhaExplainer, pixel_values: torch.Tensor, target: torch.Tensor | int | None, reference: str, seed: int
+    explainer: AhaExplainer,
+    pixel_values: torch.Tensor,
+    target: torch.Tensor | int | None,
+    against: torch.Tensor | int | None,
+    reference: str,
+    seed: int,
 ) -> _Start:
     """The plain explanation, in the steps of `AhaExplainer.forward`, because its features are needed as well."""
     classifier = explainer._require_classifier()
     _check_finite(pixel_values)
     tokens, logits = explainer.features(pixel_values)
-    target = logits.argmax(dim=-1) if target is None else explainer._check_target(target, pixel_values)
+    if against is not None:
+        target, against = explainer._check_contrast(logits, pixel_values, target, against)
+    else:
+        target = logits.argmax(dim=-1) if target is None else explainer._check_target(target, pixel_values)
     if target.ndim == 2:
         raise ValueError(
             f"target has shape {tuple(target.shape)}, but refinement takes one class an image; repeat the images for "
             "several."
         )
     features = explainer.decoder.encode(tokens, pixel_values)
-    class_vectors = classifier.class_vectors(target)
-    scores = explainer.decoder.decode(features, class_vectors).float()
+    if against is None:
+        class_vectors = classifier.class_vectors(target)
+        gradients = explainer.gradients(pixel_values, target)
+    else:
+        class_vectors = classifier.class_vectors(torch.stack([target, against], dim=1))
+        gradients = [explainer.gradients(pixel_values, classes) for classes in (target, against)]
+        gradients = None if gradients[0] is None else torch.stack(gradients, dim=1)
+    scores = _decoded(explainer.decoder.decode, features, class_vectors, gradients)
     references = _references(explainer, pixel_values, reference, seed)
-    return _Start(pixel_values, references, features, class_vectors, logits, target, scores)
+    return _Start(pixel_values, references, features, class_vectors, gradients, logits, target, against, scores)
+
+
+def _decoded(
+    decode: Callable[..., torch.Tensor],
+    features: DecoderFeatures,
+    class_vectors: torch.Tensor,
+    gradients: torch.Tensor | None,
+) -> torch.Tensor:
+    """Scores (b, H, W) float32 of one class an image, or of the first of two rather than the second."""
+    if class_vectors.ndim == 2:
+        return decode(features, class_vectors, gradients).float()
+    of_both = (
+        decode(features, class_vectors[:, place], None if gradients is None else gradients[:, place])
+        for place in (0, 1)
+    )
+    return contrast_scores(*of_both)
+
+
+def _plain_cost(explainer: AhaExplainer, contrast: bool) -> int:
+    """Passes of a plain explanation; both classes of a contrast share the first."""
+    each = explainer.config.passes_per_explanation - 1
+    return 1 + (2 * each if contrast else each)
 
 
 def _references(explainer: AhaExplainer, pixel_values: torch.Tensor, kind: str, seed: int) -> torch.Tensor:
@@ -219,10 +270,11 @@ def _latent_scope(explainer: AhaExplainer, start: _Start) -> tuple[list[torch.Te
     unit = _root_mean_square(grid)
 
     def render(offsets: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
-        features = _rows_of(start.features, rows)
+        features = start.features.rows(rows)
         moved = grid[rows] + unit[rows][:, None, None, None] * offsets[0]
         features = replace(features, grid=moved.to(features.grid.dtype))
-        return explainer.decoder.decode(features, start.class_vectors[rows]).float()
+        gradients = None if start.gradients is None else start.gradients[rows]
+        return _decoded(explainer.decoder.decode, features, start.class_vectors[rows], gradients)
 
     return [torch.zeros_like(grid)], render
 
@@ -234,8 +286,10 @@ class _Decode(nn.Module):
         super().__init__()
         self.decoder = decoder
 
-    def forward(self, features: DecoderFeatures, class_vectors: torch.Tensor) -> torch.Tensor:
-        return self.decoder.decode(features, class_vectors)
+    def forward(
+        self, features: DecoderFeatures, class_vectors: torch.Tensor, gradients: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.decoder.decode(features, class_vectors, gradients)
 
 
 def _decoder_scope(explainer: AhaExplainer, start: _Start) -> tuple[list[torch.Tensor], _Render]:
@@ -252,8 +306,16 @@ def _decoder_scope(explainer: AhaExplainer, start: _Start) -> tuple[list[torch.T
             own = dict(weights)
             for name, unit, offset in zip(moving, units, offsets, strict=True):
                 own[name] = (weights[name].float() + unit * offset[place]).to(weights[name].dtype)
-            inputs = (_rows_of(start.features, slice(row, row + 1)), start.class_vectors[row : row + 1])
-            maps.append(torch.func.functional_call(decode, own, inputs).float())
+            one = slice(row, row + 1)
+            gradients = None if start.gradients is None else start.gradients[one]
+            maps.append(
+                _decoded(
+                    lambda *inputs, own=own: torch.func.functional_call(decode, own, inputs),
+                    start.features.rows(one),
+                    start.class_vectors[one],
+                    gradients,
+                )
+            )
         return torch.cat(maps)
 
     batch = len(start.scores)
@@ -261,10 +323,6 @@ def _decoder_scope(explainer: AhaExplainer, start: _Start) -> tuple[list[torch.T
 
 
 _SCOPES = {"scores": _scores_scope, "latent": _latent_scope, "decoder": _decoder_scope}
-
-
-def _rows_of(features: DecoderFeatures, rows: torch.Tensor | slice) -> DecoderFeatures:
-    return DecoderFeatures(features.grid[rows], features.quarter[rows], features.half[rows], features.size)
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
@@ -306,14 +364,16 @@ class _Curves:
         return values, torch.autograd.grad(masks, leaf, masks_gradient)[0]
 
     def _difference(self, mask: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-        """(n,) probability with only the masked pixels shown, minus that with them removed."""
+        """(n,) probability with only the masked pixels shown, minus that with them removed; or its lead on another."""
         start = self.start
         image, reference = start.pixel_values[images], start.references[images]
         mask = mask.to(image.dtype)[:, None]
         perturbed = torch.cat([insertion_images(image, reference, mask), deletion_images(image, reference, mask)])
         probability = self.explainer.classifier(perturbed[:, 0]).logits.float().softmax(-1)
-        target = start.target[images].repeat(2)[:, None]
-        inserted, deleted = probability.gather(1, target)[:, 0].chunk(2)
+        lead = probability.gather(1, start.target[images].repeat(2)[:, None])
+        if start.against is not None:
+            lead = lead - probability.gather(1, start.against[images].repeat(2)[:, None])
+        inserted, deleted = lead[:, 0].chunk(2)
         return inserted - deleted
 
 
@@ -368,7 +428,8 @@ def _search(
     values = torch.zeros(batch, device=device)
     initial_values = values.clone()
     steps_taken = torch.zeros(batch, dtype=torch.long, device=device)
-    passes = torch.ones(batch, dtype=torch.long, device=device)
+    plain_cost = _plain_cost(curves.explainer, start.against is not None)
+    passes = torch.full((batch,), plain_cost, dtype=torch.long, device=device)
     # The best values of all images before each step, for the stop.
     history: list[torch.Tensor] = []
     rows = torch.arange(batch, device=device)
@@ -405,6 +466,7 @@ def _search(
         initial_scores=start.scores,
         logits=start.logits,
         target=start.target,
+        against=start.against,
         value=values,
         initial_value=initial_values,
         gain=values - initial_values,

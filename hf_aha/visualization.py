@@ -32,6 +32,19 @@ __all__ = [
 Scores = Tensor | np.ndarray
 
 COLORMAP = "inferno"
+# What speaks against a class, and both ends of a map: colours that colour-blind people can tell apart as well.
+NEGATIVE_COLORMAP = "Blues"
+TWO_ENDED_COLORMAP = "PuOr_r"
+SIGNS = {"positive": COLORMAP, "negative": NEGATIVE_COLORMAP, "both": TWO_ENDED_COLORMAP}
+
+Sign = Literal["positive", "negative", "both"]
+
+# Of a sheet: the caption of the map, and the ends of its colour bar.
+_WORDS = {
+    "positive": ("importance by rank", ("least", "most")),
+    "negative": ("evidence against, by rank", ("least", "most")),
+    "both": ("evidence by rank", ("against", "for")),
+}
 
 _MARGIN = 28
 _GAP = 20
@@ -90,7 +103,14 @@ def heatmap(scores: Scores, colormap: str = COLORMAP) -> Image.Image:
     return _draw_heatmap(rank_map(scores), colormap)
 
 
-def overlay(image: Image.Image, scores: Scores, opacity: float = 0.6, colormap: str = COLORMAP) -> Image.Image:
+def overlay(
+    image: Image.Image,
+    scores: Scores,
+    opacity: float = 0.6,
+    colormap: str | None = None,
+    *,
+    sign: Sign = "positive",
+) -> Image.Image:
     """Lay scores by rank over a photograph: colour where important, grey and darker where not.
 
     Pixels that were not scored (NaN) show the photograph dimmed, and a thin light line surrounds the scored part.
@@ -99,13 +119,16 @@ def overlay(image: Image.Image, scores: Scores, opacity: float = 0.6, colormap: 
         image: the photograph.
         scores: (H, W) of its pixels, higher = more important.
         opacity: 0 shows the photograph in grey only, 1 the colours in full.
-        colormap: a name known to matplotlib.
+        colormap: a name known to matplotlib; by the sign when left out.
+        sign: `"positive"` colours the most important pixels, `"negative"` the least important ones, in blue, and
+            `"both"` the most important ones in orange and the least important ones in violet.
 
     Raises:
-        ValueError: the sizes of `image` and `scores` differ, or `opacity` is outside [0, 1].
+        ValueError: the sizes of `image` and `scores` differ, `opacity` is outside [0, 1], or the sign is unknown.
     """
     values = _as_map_of(image, scores)
-    return _draw_overlay(image.convert("RGB"), rank_map(values), opacity, colormap)
+    colormap = _colormap_of(sign, colormap)
+    return _draw_overlay(image.convert("RGB"), _signed_ranks(values, sign), opacity, colormap, sign == "both")
 
 
 def explanation_sheet(
@@ -115,7 +138,8 @@ def explanation_sheet(
     *,
     panel_height: int = 360,
     opacity: float = 0.6,
-    colormap: str = COLORMAP,
+    colormap: str | None = None,
+    sign: Sign = "positive",
 ) -> Image.Image:
     """Draw photograph, heatmap and overlay side by side under a title.
 
@@ -127,17 +151,20 @@ def explanation_sheet(
         scores: (H, W) of its pixels, higher = more important; NaN where not scored.
         title: one line, such as the class and its probability.
         panel_height: height of the panels in pixels; a wide photograph gets lower ones.
-        opacity, colormap: as in `overlay`.
+        opacity, colormap, sign: as in `overlay`.
 
     Raises:
-        ValueError: the sizes of `image` and `scores` differ.
+        ValueError: the sizes of `image` and `scores` differ, or the sign is unknown.
     """
     values = _as_map_of(image, scores)
+    colormap = _colormap_of(sign, colormap)
     size = _fit(image.size, (panel_height * 3 // 2, panel_height))
     photograph = _scale_image(image.convert("RGB"), size)
-    ranks = rank_map(_scale_scores(values, size))
-    captions = ["photograph", "importance by rank", "overlay"]
-    panels = [photograph, _draw_heatmap(ranks, colormap), _draw_overlay(photograph, ranks, opacity, colormap)]
+    ranks = _signed_ranks(_scale_scores(values, size), sign)
+    drawn = _draw_overlay(photograph, ranks, opacity, colormap, sign == "both")
+    middle, ends = _WORDS[sign]
+    captions = ["photograph", middle, "overlay"]
+    panels = [photograph, _draw_heatmap(ranks, colormap), drawn]
 
     caption_font, title_font = _font(14), _font(21, bold=True)
     notes = ["striped: not seen by the model"] if np.isnan(ranks).any() else []
@@ -156,7 +183,8 @@ def explanation_sheet(
         sheet.paste(panel, (left + (column - size[0]) // 2, top))
         draw.text((left + column / 2, below), caption, fill=_SOFT_INK, font=caption_font, anchor="ma")
     bar_width = min(max(size[0], _COLOR_BAR_MIN_WIDTH), 300)
-    _paste_color_bar(sheet, _MARGIN + column + _GAP + (column - bar_width) // 2, below + 26, bar_width, colormap)
+    bar_left = _MARGIN + column + _GAP + (column - bar_width) // 2
+    _paste_color_bar(sheet, bar_left, below + 26, bar_width, colormap, ends)
     for note in notes:
         draw.text((width / 2, below + 50), note, fill=_SOFT_INK, font=caption_font, anchor="ma")
     return sheet
@@ -258,6 +286,16 @@ def _colors(ranks: np.ndarray, colormap: str) -> np.ndarray:
     return table[(np.nan_to_num(ranks) * 255).round().astype(np.uint8)]
 
 
+def _colormap_of(sign: str, colormap: str | None) -> str:
+    if sign not in SIGNS:
+        raise ValueError(f"sign is {sign!r}; it must be {', '.join(map(repr, SIGNS))}.")
+    return SIGNS[sign] if colormap is None else colormap
+
+
+def _signed_ranks(values: np.ndarray, sign: str) -> np.ndarray:
+    return rank_map(-values if sign == "negative" else values)
+
+
 def _to_image(levels: np.ndarray) -> Image.Image:
     return Image.fromarray((levels * 255).round().clip(0, 255).astype(np.uint8))
 
@@ -274,14 +312,17 @@ def _draw_heatmap(ranks: np.ndarray, colormap: str) -> Image.Image:
     return _to_image(levels)
 
 
-def _draw_overlay(photograph: Image.Image, ranks: np.ndarray, opacity: float, colormap: str) -> Image.Image:
+def _draw_overlay(
+    photograph: Image.Image, ranks: np.ndarray, opacity: float, colormap: str, two_ended: bool = False
+) -> Image.Image:
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity is {opacity}; it must lie between 0 and 1.")
     result = photograph.copy()
     band = max(1_000_000 // photograph.width, 1)  # rows at a time, for the sake of memory
     for top in range(0, photograph.height, band):
         pixels = np.asarray(photograph.crop((0, top, photograph.width, min(top + band, photograph.height))))
-        result.paste(_to_image(_overlay_levels(pixels, ranks[top : top + band], opacity, colormap)), (0, top))
+        levels = _overlay_levels(pixels, ranks[top : top + band], opacity, colormap, two_ended)
+        result.paste(_to_image(levels), (0, top))
     missing = np.isnan(ranks)
     if missing.any() and not missing.all():
         rows, columns = (np.flatnonzero((~missing).any(axis=axis)) for axis in (1, 0))
@@ -291,10 +332,13 @@ def _draw_overlay(photograph: Image.Image, ranks: np.ndarray, opacity: float, co
     return result
 
 
-def _overlay_levels(pixels: np.ndarray, ranks: np.ndarray, opacity: float, colormap: str) -> np.ndarray:
+def _overlay_levels(
+    pixels: np.ndarray, ranks: np.ndarray, opacity: float, colormap: str, two_ended: bool
+) -> np.ndarray:
     pixels = pixels.astype(np.float32) / 255
     grey = (pixels @ _LUMINANCE)[..., None]
-    share = np.nan_to_num(ranks)[..., None]
+    # How near a pixel lies to a coloured end.
+    share = np.nan_to_num(np.abs(2 * ranks - 1) if two_ended else ranks)[..., None]
     background = (0.08 + 0.8 * grey) * (0.5 + 0.5 * share)
     # The hue tells the rank and the lightness shows the photograph, so that both can be read where they overlap.
     color = _colors(ranks, colormap)
@@ -334,15 +378,17 @@ def _scale_scores(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.divide(total, share, out=np.full_like(total, np.nan), where=share >= 0.5)
 
 
-def _paste_color_bar(sheet: Image.Image, left: int, top: int, width: int, colormap: str) -> None:
+def _paste_color_bar(
+    sheet: Image.Image, left: int, top: int, width: int, colormap: str, ends: tuple[str, str]
+) -> None:
     font = _font(12)
     draw = ImageDraw.Draw(sheet)
-    start = left + _text_width("least", font) + 8
-    stop = left + width - _text_width("most", font) - 8
+    start = left + _text_width(ends[0], font) + 8
+    stop = left + width - _text_width(ends[1], font) - 8
     ramp = np.broadcast_to(np.linspace(0, 1, stop - start, dtype=np.float32), (12, stop - start))
     sheet.paste(_to_image(_colors(ramp, colormap)), (start, top + 2))
-    draw.text((left, top + 8), "least", fill=_SOFT_INK, font=font, anchor="lm")
-    draw.text((left + width, top + 8), "most", fill=_SOFT_INK, font=font, anchor="rm")
+    draw.text((left, top + 8), ends[0], fill=_SOFT_INK, font=font, anchor="lm")
+    draw.text((left + width, top + 8), ends[1], fill=_SOFT_INK, font=font, anchor="rm")
 
 
 @lru_cache(maxsize=16)

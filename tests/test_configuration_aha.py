@@ -32,6 +32,9 @@ FILLED = {
     "grid_depth": 0,
     "quarter_width": 4,
     "half_width": 2,
+    "gradient_features": 3,
+    "gradient_references": ["black"],
+    "init_from": {"explainer": "org/explainer", "base_model": None, "copied": ["half_stem"], "new": ["class"]},
     "includes_classifier": True,
     "training": {"steps": 10, "loss": 0.5},
 }
@@ -119,6 +122,14 @@ def test_a_wrong_type_is_refused_on_assignment_too():
         ("image_mean", [0.5], "image_mean must hold 3 values"),
         ("patch_size", [0, 16], "patch_size must hold positive values"),
         ("image_std", [0.5, 0.0, 0.5], "image_std must hold positive values"),
+        ("gradient_features", -1, "gradient_features must lie in 0..1024, but it is -1"),
+        (
+            "gradient_references",
+            ["blur", "blur"],
+            "gradient_references must be some of black, mean, blur, noise, each",
+        ),
+        ("gradient_references", ["white"], "each once, but it is .'white'."),
+        ("gradient_references", [], "gradient_references must be some of"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(name, value, message):
@@ -158,3 +169,9 @@ def test_every_field_is_documented():
     assert own == set(FILLED), "a new field needs a value in FILLED"
     missing = [name for name in own if f"{name} (" not in AhaConfig.__doc__ and f"{name}, " not in AhaConfig.__doc__]
     assert missing == []
+
+
+def test_what_an_explanation_costs():
+    assert (AhaConfig().num_gradient_maps, AhaConfig().passes_per_explanation) == (0, 1)
+    config = AhaConfig(gradient_features=2, gradient_references=["blur", "mean", "black"])
+    assert (config.num_gradient_maps, config.passes_per_explanation) == (6, 13)

@@ -62,7 +62,7 @@ class Coordinate(torch.nn.Module):
     def encode(self, tokens, pixel_values):
         return DecoderFeatures(pixel_values, pixel_values, pixel_values, tuple(pixel_values.shape[-2:]))
 
-    def decode(self, features, class_vectors):
+    def decode(self, features, class_vectors, gradients):
         height, width = features.size
         places = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")[self.dim]
         return places.float().expand(len(class_vectors), -1, -1)

@@ -54,7 +54,7 @@ def pixels():
 
 def test_the_signature_of_the_forward():
     parameters = inspect.signature(AhaExplainer.forward).parameters
-    assert list(parameters) == ["self", "pixel_values", "target", "return_dict"]
+    assert list(parameters) == ["self", "pixel_values", "target", "return_dict", "against"]
     assert AhaExplainer.main_input_name == list(parameters)[1]
 
 

@@ -97,6 +97,27 @@ def test_agrees_with_explain(make_explainer, processor, question):
             assert answer["scores"].shape == (photograph.height, photograph.width)
 
 
+@pytest.mark.parametrize("question", [{"target": "church", "against": 4}, {"against": "cassette player"}], ids=str)
+@pytest.mark.parametrize("refine", [0, 1])
+def test_a_class_is_compared_with_another_as_in_explain(explainer, question, refine):
+    found = pipeline(model=explainer)(PHOTOGRAPHS[:3], batch_size=2, refine=refine, **question)
+    wanted = explainer.explain(PHOTOGRAPHS[:3], **question, refine=refine)
+    for answer, explanation in zip(found, wanted, strict=True):
+        assert_same(answer, explanation)
+        assert (answer["against"], answer["against_label"]) == (explanation.against, explanation.against_label)
+        assert answer["against_score"] == pytest.approx(explanation.against_probability, abs=1e-5)
+        assert answer["overlay"].tobytes() == overlay(explanation.image, answer["scores"], sign="both").tobytes()
+        assert ("refinement" in answer) == bool(refine)
+
+
+def test_a_call_with_another_question_replaces_the_whole_question(explainer):
+    attribute = pipeline(model=explainer, target="church", against="tench")
+    assert [attribute(PHOTOGRAPHS[0])[key] for key in ("label", "against")] == ["church", 0]
+    assert "against" not in attribute(PHOTOGRAPHS[0], target=1)
+    assert attribute(PHOTOGRAPHS[0], target=1, against=2)["against_label"] == "cassette player"
+    assert attribute(PHOTOGRAPHS[0])["against"] == 0
+
+
 def test_pictures_show_the_ranks_of_the_photographs_pixels(make_explainer):
     photograph = PHOTOGRAPHS[3]
     found = pipeline(model=make_explainer(CROP))(photograph)
@@ -306,7 +327,10 @@ def test_a_call_replaces_the_question_of_the_constructor(explainer):
         ({"refine": True}, ValueError, "refine must be a number of steps, 0 or more, but it is True"),
         ({"refine": 1.5}, ValueError, "but it is 1.5"),
         ({"overlay": "yes"}, ValueError, "overlay must be True or False, but it is 'yes'"),
-        ({"targt": 1}, TypeError, "visual-attribution has no parameter 'targt'; it has target, top_k, refine"),
+        ({"targt": 1}, TypeError, "visual-attribution has no parameter 'targt'; it has target, against, top_k"),
+        ({"target": 1, "against": "English springer"}, ValueError, r"Class 1 \(English springer\) is compared with"),
+        ({"against": "cassete player"}, ValueError, "has no label 'cassete player'; did you mean 'cassette player'"),
+        ({"against": 1, "top_k": 2}, ValueError, "Give either against or top_k, not both."),
     ],
     ids=str,
 )

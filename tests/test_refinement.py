@@ -154,7 +154,7 @@ def test_it_climbs_towards_the_known_optimum(linear, scope):
 
 def test_nothing_is_won_at_the_optimum(linear):
     explainer, pixel_values, terms = linear
-    explainer.decoder.decode = lambda features, class_vectors: terms
+    explainer.decoder.decode = lambda features, class_vectors, gradients: terms
     found = refine(explainer, pixel_values, 1, reference="black", steps=4, curve_points=POINTS)
     torch.testing.assert_close(found.gain, torch.zeros(4), atol=1e-6, rtol=0)
 
@@ -349,7 +349,9 @@ def test_every_family(model):
 
 
 def test_a_flat_map_is_refined_too(explainer):
-    explainer.decoder.decode = lambda features, class_vectors: torch.zeros(len(class_vectors), *features.size)
+    explainer.decoder.decode = lambda features, class_vectors, gradients: torch.zeros(
+        len(class_vectors), *features.size
+    )
     found = refine(explainer, photographs(2), steps=4, curve_points=POINTS)
     assert bool((found.gain > 0).any()) and bool(torch.isfinite(found.scores).all())
 

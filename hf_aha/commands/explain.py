@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-k", type=_positive, default=1, metavar="N", help="explain the N most probable classes (default: 1)"
     )
     group.add_argument(
+        "--against",
+        metavar="LABEL_OR_INDEX",
+        help="explain why the target rather than this class; without --target, why the most probable class other than "
+        "this one",
+    )
+    group.add_argument(
         "--refine",
         type=_positive,
         default=0,
@@ -87,19 +93,19 @@ def run(arguments: argparse.Namespace) -> int:
     if sources:
         explainer = load_explainer(arguments)
         record = {**describe_explainer(explainer, arguments), "versions": _versions()}
-        target = None if arguments.target is None else _class_index(explainer, arguments.target)
+        target, against = _question(explainer, arguments)
         files = ExplanationFiles(
             output,
             [kind for kind in FORMATS if kind in (arguments.formats or DEFAULT_FORMATS)],
             record,
-            name_class=target is not None or arguments.top_k > 1,
+            name_class=target is not None or against is not None or arguments.top_k > 1,
             keep=[source for source in sources if isinstance(source, Path)],
         )
         # `disable=None` shows the bar on a terminal only.
         hidden = True if arguments.quiet or len(sources) == 1 else None
         with tqdm(total=len(sources), unit="photo", disable=hidden) as progress:
             for batch in _batches(sources, arguments.batch_size):
-                found = _explain_batch(explainer, batch, target, arguments, failures)
+                found = _explain_batch(explainer, batch, target, against, arguments, failures)
                 for source, explanations in found:
                     stem = files.stem(source)
                     for explanation in explanations:
@@ -158,6 +164,9 @@ class ExplanationFiles:
 
         if self.name_class:
             stem = f"{stem}.{_file_name(explanation.label) or f'class-{explanation.target}'}"
+            if explanation.against is not None:
+                other = _file_name(explanation.against_label) or f"class-{explanation.against}"
+                stem = f"{stem}-rather-than-{other}"
         name = _unused(stem, self._names)
         paths = {kind: self.output / f"{name}.{kind}" for kind in self.formats}
         writers = {
@@ -180,6 +189,7 @@ class ExplanationFiles:
             "label": explanation.label,
             "target": int(explanation.target),
             "probability": float(explanation.probability),
+            **_against(explanation),
             "predicted_label": explanation.predicted_label,
             "predicted_probability": float(explanation.predicted_probability),
             **({} if explanation.refinement is None else {"refinement": explanation.refinement}),
@@ -206,6 +216,7 @@ def _explain_batch(
     explainer: AhaExplainer,
     batch: list[Path | str],
     target: int | None,
+    against: int | None,
     arguments: argparse.Namespace,
     failures: dict[Path | str, str],
 ) -> list[tuple[Path | str, list[Explanation]]]:
@@ -225,6 +236,7 @@ def _explain_batch(
         found = explainer.explain(
             list(images.values()),
             target,
+            against=against,
             top_k=arguments.top_k,
             batch_size=arguments.batch_size,
             refine=arguments.refine,
@@ -240,16 +252,36 @@ def _explain_batch(
     ]
 
 
-def _class_index(explainer: AhaExplainer, target: str) -> int:
+def _question(explainer: AhaExplainer, arguments: argparse.Namespace) -> tuple[int | None, int | None]:
+    """Indices of the classes asked about and compared with."""
     try:
-        return explainer.class_index(target)
+        target, against = (
+            None if given is None else explainer.class_index(given) for given in (arguments.target, arguments.against)
+        )
     except ValueError as error:
         raise CommandError(str(error)) from error
+    if against is not None and target == against:
+        raise CommandError(f"--target and --against both name {explainer.config.id2label[target]}; give two classes.")
+    if against is not None and arguments.top_k > 1:
+        raise CommandError("--against does not go with --top-k; give --target for another class than the predicted.")
+    return target, against
+
+
+def _against(explanation: Explanation) -> dict[str, Any]:
+    if explanation.against is None:
+        return {}
+    return {
+        "against": int(explanation.against),
+        "against_label": explanation.against_label,
+        "against_probability": float(explanation.against_probability),
+    }
 
 
 def _line(source: Path | str, explanation: Explanation, paths: list[Path]) -> str:
     name = source.name if isinstance(source, Path) else source
     answer = f"{explanation.label} {explanation.probability:.2f}"
+    if explanation.against is not None:
+        answer += f" rather than {explanation.against_label} {explanation.against_probability:.2f}"
     if explanation.label != explanation.predicted_label:
         answer += f" (predicted: {explanation.predicted_label} {explanation.predicted_probability:.2f})"
     if explanation.refinement is not None:
