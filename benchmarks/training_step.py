@@ -58,11 +58,11 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         device = trainer.accelerator.device
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(args.batch_size, 3, height, width, generator=generator).to(device)
-        labels = torch.full((args.batch_size,), -1)
+        labels, indices = torch.full((args.batch_size,), -1), torch.arange(args.batch_size)
         perturbed = pixels.repeat(2 * points, 1, 1, 1)
         calls = {
             "bare": lambda: bare_pass(trainer, perturbed),
-            "step": lambda: trainer.training_step(pixels, labels),
+            "step": lambda: trainer.training_step(pixels, labels, indices),
         }
         seconds = timed_in_turns(calls, args.repeats, device, warm_up=2)
         return {

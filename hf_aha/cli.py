@@ -20,10 +20,13 @@ from .commands import CommandError
 # takes the command's parser and sets the default `run`, a function from the parsed arguments to the exit code.
 COMMANDS: dict[str, tuple[str, str]] = {
     "explain": ("explain photographs: pictures, raw scores and a record of each", "explain:add_arguments"),
+    "explain-dataset": ("explain every photograph of a dataset and keep the maps", "explain_dataset:add_arguments"),
     "evaluate": ("measure how faithful the maps of an explainer are, by named protocols", "evaluate:add_arguments"),
     "benchmark": ("measure explainers beside the methods people use", "benchmark:add_arguments"),
     "card": ("write the model card of an explainer from what was measured", "card:add_arguments"),
     "push": ("upload an explainer with its card, log and pictures to the Hub", "push:add_arguments"),
+    "demo": ("try an explainer on photographs in the browser", "demo:add_arguments"),
+    "push-space": ("publish the demo of an explainer as a Space on the Hub", "push_space:add_arguments"),
 }
 
 EXIT_USAGE = 2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import torch
@@ -15,7 +17,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
+from .draws import Generators, uniform
 from .images import ImageReadError, read_image
+from .resized_copies import resized_copies
+
+
+class UnreadableDataError(ValueError):
+    """Too many rows of a dataset cannot be read, or none can, or its files cannot."""
 
 
 def load_photographs(
@@ -43,25 +51,77 @@ def load_photographs(
             no images; or the split has no row.
     """
     dataset = datasets.load_dataset(name, config_name, split=split, revision=revision)
-    images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if image_column is None:
-        if len(images) != 1:
-            found = f"has {len(images)} image columns ({', '.join(images)})" if images else "has no image column"
-            raise ValueError(
-                f"The dataset {name} {found} among its columns {', '.join(dataset.column_names)}; "
-                "name one with image_column."
-            )
-        image_column = images[0]
-    elif image_column not in dataset.column_names:
-        raise ValueError(
-            f"The dataset {name} has no column {image_column!r}; its columns are {', '.join(dataset.column_names)}."
-        )
+    image_column = find_image_column(dataset.features, name, image_column)
     try:
         return dataset.cast_column(image_column, datasets.Image(decode=False)), image_column
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise ValueError(
             f"The column {image_column!r} of the dataset {name} holds no images but {dataset.features[image_column]}."
         ) from error
+
+
+def find_image_column(features: datasets.Features, name: str, image_column: str | None = None) -> str:
+    """The column of the images: the named one if it exists, else the only one of that type.
+
+    Args:
+        features: types of the columns.
+        name: of the dataset, for the messages.
+        image_column: name given by the user.
+
+    Raises:
+        ValueError: no image column, several and none named, or no column of that name.
+
+    Example:
+        >>> find_image_column(datasets.Features({"jpg": datasets.Image(), "cls": datasets.Value("int64")}), "shards")
+        'jpg'
+    """
+    if image_column is not None:
+        if image_column not in features:
+            raise ValueError(
+                f"The dataset {name} has no column {image_column!r}; its columns are {', '.join(features)}."
+            )
+        return image_column
+    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    if len(images) != 1:
+        found = f"has {len(images)} image columns ({', '.join(images)})" if images else "has no image column"
+        raise ValueError(
+            f"The dataset {name} {found} among its columns {', '.join(features)}; name one with image_column."
+        )
+    return images[0]
+
+
+def find_label_column(features: datasets.Features) -> str:
+    """The only column of classes: of the type `ClassLabel`, or integers named `label` or, in webdataset shards, `cls`.
+
+    Raises:
+        ValueError: there is none, or several.
+
+    Example:
+        >>> find_label_column(datasets.Features({"jpg": datasets.Image(), "cls": datasets.Value("int64")}))
+        'cls'
+    """
+    found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    if not found:
+        found = [column for column in ("label", "cls") if column in features and _holds_integers(features[column])]
+    if len(found) != 1:
+        what = f"{len(found)} columns of classes ({', '.join(found)})" if found else "no column of classes"
+        raise ValueError(
+            f"The dataset has {what} among its columns {', '.join(features)}; name one with label_column."
+        )
+    return found[0]
+
+
+def check_label_column(features: datasets.Features, label_column: str) -> None:
+    """Raise a ValueError unless there is such a column and it holds integers."""
+    if label_column not in features:
+        raise ValueError(f"The dataset has no column {label_column!r}; its columns are {', '.join(features)}.")
+    if not _holds_integers(features[label_column]):
+        kind = getattr(features[label_column], "dtype", "a structure")
+        raise ValueError(f"The label column {label_column!r} must hold class indices, but it holds {kind}.")
+
+
+def _holds_integers(feature: object) -> bool:
+    return "int" in getattr(feature, "dtype", "a structure")
 
 
 @dataclass
@@ -125,9 +185,13 @@ class Photographs(Dataset):
         transform: `RandomCrop` or `ProcessorCrop`.
         label_column: a column of class indices; rows carry label -1 without it, or where it is empty.
         seed: seeds the crops; row i of epoch e always gets the same crop.
+        cache_size: shorter side, in pixels, of a resized copy of every photograph that is made once and read from then
+            on (see `resized_copies`); none without it.
+        cache_processes: processes that make the copies.
 
     Raises:
-        ValueError: there is no such label column, or it does not hold integers.
+        ValueError: there is no such label column, or it does not hold integers; the copies would be smaller than a
+            crop.
     """
 
     def __init__(
@@ -137,17 +201,21 @@ class Photographs(Dataset):
         transform: RandomCrop | ProcessorCrop,
         label_column: str | None = None,
         seed: int = 0,
+        cache_size: int | None = None,
+        cache_processes: int = 1,
     ):
         if label_column is not None:
-            if label_column not in dataset.column_names:
-                raise ValueError(
-                    f"The dataset has no column {label_column!r}; its columns are {', '.join(dataset.column_names)}."
-                )
-            kind = getattr(dataset.features[label_column], "dtype", "a structure")
-            if "int" not in kind:
-                raise ValueError(f"The label column {label_column!r} must hold class indices, but it holds {kind}.")
+            check_label_column(dataset.features, label_column)
         columns = [image_column] if label_column is None else [image_column, label_column]
         self.dataset = dataset.select_columns(columns)
+        if cache_size is not None:
+            side = max(getattr(transform, "size", (1,)))
+            if cache_size < side:
+                raise ValueError(
+                    f"cache_size={cache_size} is less than the {side} pixels of a crop; give at least that, or none."
+                )
+            self.dataset = resized_copies(self.dataset, image_column, cache_size, processes=cache_processes)
+        self.cache_size = cache_size
         self.image_column = image_column
         self.transform = transform
         self.label_column = label_column
@@ -159,20 +227,83 @@ class Photographs(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.dataset[index]
-        try:
-            image = read_image(_encoded(row[self.image_column]))
-        except ImageReadError as error:
-            return {"index": index, "error": str(error)}
         generator = np.random.default_rng((self.seed, self.epoch, index))
         label = None if self.label_column is None else row[self.label_column]
-        label = -1 if label is None else label
-        return {"pixel_values": self.transform(image, generator), "index": index, "label": label}
+        return read_row(row[self.image_column], label, index, self.transform, generator)
+
+    def fingerprint(self) -> str:
+        """A hexadecimal digest of the number of rows, the columns' types and 64 rows spread over the dataset.
+
+        It depends on the data alone: neither on where they lie nor on when they were downloaded.
+        """
+        places = np.unique(np.linspace(0, len(self) - 1, min(64, len(self))).astype(int))
+        rows = (self.dataset[int(place)] for place in places)
+        return digest([len(self), self.dataset.features], rows, self.image_column)
+
+    def summary(self) -> dict[str, object]:
+        """What a run's summary says of its data."""
+        copies = {} if self.cache_size is None else {"cache_size": self.cache_size}
+        return {"train_rows": len(self), **copies}
 
 
-def _encoded(cell: Mapping[str, Any] | None) -> bytes | Path:
+def read_row(
+    cell: Mapping[str, Any] | None,
+    label: int | None,
+    index: int,
+    transform: RandomCrop | ProcessorCrop,
+    generator: np.random.Generator,
+) -> dict[str, Any]:
+    """Decode and transform one photograph.
+
+    Args:
+        cell: an undecoded image: `bytes`, or a `path` or URL.
+        label: class, None where unknown.
+        index: number that the row goes by.
+        transform: of the image; draws from `generator`.
+
+    Returns:
+        `pixel_values`, `index` and `label`, or, for an image that cannot be read, `index` and `error`.
+    """
+    try:
+        image = read_image(encoded_image(cell))
+    except ImageReadError as error:
+        return {"index": index, "error": str(error)}
+    return {"pixel_values": transform(image, generator), "index": index, "label": -1 if label is None else label}
+
+
+def encoded_image(cell: Mapping[str, Any] | None) -> bytes | Path:
+    """The bytes of an undecoded image, or its path if it is a file of this machine.
+
+    Raises:
+        ImageReadError: there is neither, or a remote file cannot be read.
+    """
     if cell is None or (cell.get("bytes") is None and not cell.get("path")):
         raise ImageReadError("The image of this row is missing.")
-    return cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"])
+    if cell.get("bytes") is not None:
+        return cell["bytes"]
+    if "://" not in cell["path"]:
+        return Path(cell["path"])
+    # Streamed image folders of the Hub name their files like this: hf://datasets/ID@COMMIT/train/a.jpg
+    try:
+        with fsspec.open(cell["path"], "rb") as file:
+            return file.read()
+    except OSError as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageReadError(f"The image {cell['path']} cannot be fetched: {reason}") from error
+
+
+def digest(facts: list[object], rows: Iterable[Mapping[str, Any]], image_column: str) -> str:
+    """SHA-256 over the text of `facts` and the content of `rows`; an image file counts with its name and size."""
+    total = hashlib.sha256(repr([str(fact) for fact in facts]).encode())
+    for row in rows:
+        cell = row[image_column] or {}
+        content = cell.get("bytes")
+        if content is None and cell.get("path"):
+            path = Path(cell["path"])
+            content = f"{path.name} {path.stat().st_size if path.is_file() else ''}".encode()
+        others = sorted((name, str(value)) for name, value in row.items() if name != image_column)
+        total.update(hashlib.sha256(content or b"").digest() + repr(others).encode())
+    return total.hexdigest()
 
 
 @dataclass
@@ -182,43 +313,49 @@ class Batch:
     Attributes:
         pixel_values: (B, 3, H, W) float32, normalised; None when no row could be read.
         labels: (B,) int64, -1 where unknown.
-        indices: (B,) int64, row numbers.
-        errors: (row number, reason) of each row that could not be read.
+        indices: (B,) int64, row numbers; of a stream, shard number times 2**32 plus the row's number in it.
+        errors: (row number, reason) of each row that could not be read; of a stream, (shard, row and key, reason).
+        position: of a stream, where its reader stands after this batch.
     """
 
     pixel_values: torch.Tensor | None
     labels: torch.Tensor
     indices: torch.Tensor
-    errors: list[tuple[int, str]] = field(default_factory=list)
+    errors: list[tuple[int | str, str]] = field(default_factory=list)
+    position: dict[str, int] | None = None
 
 
 def collate(rows: list[dict[str, Any]]) -> Batch:
-    """Stack the rows of `Photographs` into a `Batch`."""
+    """Stack the rows of `Photographs`, or of a stream, into a `Batch`."""
     good = [row for row in rows if "error" not in row]
     return Batch(
         pixel_values=torch.stack([row["pixel_values"] for row in good]) if good else None,
         labels=torch.tensor([row["label"] for row in good], dtype=torch.int64),
         indices=torch.tensor([row["index"] for row in good], dtype=torch.int64),
-        errors=[(row["index"], row["error"]) for row in rows if "error" in row],
+        errors=[(row.get("name", row["index"]), row["error"]) for row in rows if "error" in row],
     )
 
 
-def mosaic(pixel_values: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
+def mosaic(pixel_values: torch.Tensor, share: float, generator: Generators) -> torch.Tensor:
     """Replace one side of a share of the images by the same side of their neighbour in the batch.
 
     Two objects in one image make the classes compete, so that the explainer learns to tell their evidence apart.
+    Neighbours are the first and second image, the third and fourth, and so on: an even batch can be cut into even
+    batches and stays the same. (The last image of an odd batch takes from the one before.)
 
     Args:
         pixel_values: (B, 3, H, W); not changed.
         share: of the images to change, drawn independently.
-        generator: CPU generator.
+        generator: on the CPU: one for the batch, or one an image.
     """
     if share == 0 or len(pixel_values) < 2:
         return pixel_values
-    mixed, neighbours = pixel_values.clone(), pixel_values.roll(1, dims=0)
+    rows = torch.arange(len(pixel_values))
+    partners = rows ^ 1
+    mixed, neighbours = pixel_values.clone(), pixel_values[torch.where(partners < len(rows), partners, rows - 1)]
     height, width = pixel_values.shape[-2:]
-    for row in range(len(pixel_values)):
-        drawn, axis, where = torch.rand(3, generator=generator).tolist()
+    for row, numbers in enumerate(uniform((len(rows), 3), generator).tolist()):
+        drawn, axis, where = numbers
         if drawn >= share:
             continue
         where = 0.3 + 0.4 * where

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn import functional as F
 
+from .draws import Generators, StepDraws, uniform
 from .perturbation import (
     REFERENCES,
     Normalization,
@@ -130,6 +131,12 @@ class FaithfulnessObjective:
         if not 0 <= self.pixel_share <= 1:
             raise ValueError(f"pixel_share must lie in [0, 1], but it is {self.pixel_share}.")
 
+    def extremes(self) -> tuple[FaithfulnessObjective, ...]:
+        """The same objective at pixels alone and at its finest grid alone: one of them needs the most memory."""
+        finest = replace(self, pixel_share=0.0, grid_range=(self.grid_range[1], self.grid_range[1]))
+        pixels = replace(self, pixel_share=1.0)
+        return (pixels,) * (self.pixel_share > 0) + (finest,) * (self.pixel_share < 1)
+
     def without_noise(self) -> FaithfulnessObjective:
         """The same objective with a deterministic ranking, as refinement uses it."""
         return replace(self, noise=0.0)
@@ -143,7 +150,7 @@ class FaithfulnessObjective:
         normalization: Normalization,
         *,
         tau: float,
-        generator: torch.Generator,
+        generator: torch.Generator | StepDraws,
     ) -> ObjectiveOutput:
         """Evaluate the objective for one map an image.
 
@@ -154,19 +161,21 @@ class FaithfulnessObjective:
             logits_of: the frozen classifier, (N, 3, H, W) -> (N, C); weights frozen, gradient to the input.
             normalization: of the classifier's image processor.
             tau: temperature of the ranking.
-            generator: CPU generator of grids, points, references and noise.
+            generator: CPU generator of grid, points, references and noise; or those of a training step, of which one
+                image's draws do not depend on the others'.
         """
+        draws = generator if isinstance(generator, StepDraws) else StepDraws(generator, generator)
         size = tuple(scores.shape[-2:])
         references = normalization.normalize(
             random_references(
-                normalization.denormalize(pixel_values), self.references, generator, blur_sigma=self.blur_sigma
+                normalization.denormalize(pixel_values), self.references, draws.images, blur_sigma=self.blur_sigma
             )
         )
-        cells = self._draw_cells(size, generator)
-        deletion_steps = self._draw_steps(len(scores), generator)
-        insertion_steps = self._draw_steps(len(scores), generator)
+        cells = self._draw_cells(size, draws.shared)
+        deletion_steps = self._draw_steps(len(scores), draws.images)
+        insertion_steps = self._draw_steps(len(scores), draws.images)
         steps = torch.cat([deletion_steps, insertion_steps], dim=1).to(scores.device)
-        masks = self._masks(scores, cells, steps, tau, generator).to(pixel_values.dtype)
+        masks = self._masks(scores, cells, steps, tau, draws.images).to(pixel_values.dtype)
         deletion_masks, insertion_masks = masks.split([deletion_steps.shape[1], insertion_steps.shape[1]], dim=1)
 
         deleted = deletion_images(pixel_values, references, deletion_masks)
@@ -193,11 +202,11 @@ class FaithfulnessObjective:
         side = int(torch.randint(low, high + 1, (), generator=generator))
         return min(side, size[0]), min(side, size[1])
 
-    def _draw_steps(self, batch: int, generator: torch.Generator) -> torch.Tensor:
+    def _draw_steps(self, batch: int, generator: Generators) -> torch.Tensor:
         """(B, points) steps in 1..K-1: one in each of `curve_points` equal parts of the curve, or all of them."""
         if self.curve_points == 0:
             return torch.arange(1, self.num_bins).expand(batch, -1)
-        position = torch.rand(batch, self.curve_points, generator=generator) + torch.arange(self.curve_points)
+        position = uniform((batch, self.curve_points), generator) + torch.arange(self.curve_points)
         return 1 + (position / self.curve_points * (self.num_bins - 1)).long().clamp_(max=self.num_bins - 2)
 
     def _masks(
@@ -206,7 +215,7 @@ class FaithfulnessObjective:
         cells: tuple[int, int] | None,
         steps: torch.Tensor,
         tau: float,
-        generator: torch.Generator,
+        generator: Generators,
     ) -> torch.Tensor:
         size = tuple(scores.shape[-2:])
         ranked = scores if cells is None else pool_to_cells(scores, cells)

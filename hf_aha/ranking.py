@@ -13,11 +13,13 @@ Every ranker maps scores ``(B, n)`` to masks ``(B, S, n)``: the mask of step ``k
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .draws import Generators, draw_rows
 from .ranking_solvers import QuantileMasks, TransportMasks, masks_from_ranks, straight_through_masks
 
 
@@ -146,7 +148,7 @@ class TransportRanker:
         steps: Tensor | None = None,
         *,
         tau: float,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Rank.
 
@@ -155,7 +157,7 @@ class TransportRanker:
             num_bins: K, the number of steps of the curve.
             steps: ``(S,)`` or ``(B, S)`` integers in ``1..K``; all of them if None.
             tau: Temperature, positive.
-            generator: Source of the noise.
+            generator: Source of the noise: one for the batch, or one an image.
 
         Returns:
             ``(B, S, n)`` masks in [0, 1], float32 (float64 for float64 scores), also under autocast.
@@ -205,7 +207,7 @@ class QuantileRanker:
         steps: Tensor | None = None,
         *,
         tau: float,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Rank; arguments, result and errors as in [`TransportRanker`][]."""
         steps = _check_call(scores, num_bins, steps, tau)
@@ -258,7 +260,7 @@ class SinkhornRanker:
         steps: Tensor | None = None,
         *,
         tau: float,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> Tensor:
         """Rank; arguments and result as in [`TransportRanker`][].
 
@@ -301,6 +303,7 @@ class SinkhornRanker:
 
 
 RANKERS = {"transport": TransportRanker, "sinkhorn": SinkhornRanker, "quantile": QuantileRanker}
+"""Every ranker by the name that `make_ranker` and the setting `ranker` of a training take."""
 
 
 def make_ranker(
@@ -382,8 +385,11 @@ def _invert(order: Tensor) -> Tensor:
     )
 
 
-def _gumbel(shape: torch.Size | tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    # Drawn where the generator lives, so that a CPU generator gives the same noise on every device.
-    device = like.device if generator is None else generator.device
-    draws = torch.empty(shape, dtype=like.dtype, device=device).exponential_(generator=generator).to(like.device)
+def _gumbel(shape: torch.Size | tuple[int, ...], like: Tensor, generator: Generators) -> Tensor:
+    def draw(shape: Sequence[int], own: torch.Generator | None) -> Tensor:
+        # Drawn where the generator lives, so that a CPU generator gives the same noise on every device.
+        device = like.device if own is None else own.device
+        return torch.empty(tuple(shape), dtype=like.dtype, device=device).exponential_(generator=own)
+
+    draws = draw_rows(draw, shape, generator).to(like.device)
     return draws.clamp_(min=torch.finfo(like.dtype).tiny).log_().neg_()

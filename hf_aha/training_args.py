@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -21,7 +22,48 @@ _COUNTS = (
     "eval_images",
     "save_steps",
     "save_total_limit",
+    "max_nonfinite_steps",
 )
+
+TRACKERS = {
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "comet_ml": "comet-ml",
+    "clearml": "clearml",
+    "aim": "aim",
+    "dvclive": "dvclive",
+}
+"""Trackers of Accelerate, and the packages that they come in."""
+
+MAY_CHANGE_ON_RESUME = (
+    "output_dir",
+    "max_steps",  # with a warning
+    "dataloader_num_workers",
+    "max_unreadable",
+    "max_nonfinite_steps",
+    "log_steps",
+    "eval_steps",
+    "eval_images",
+    "eval_references",
+    "save_steps",
+    "save_total_limit",
+    "resume_from_checkpoint",
+    "gradient_checkpointing",  # the same numbers
+    "auto_find_batch_size",  # what it finds must be the same
+    "report_to",
+    "run_name",
+    "tracking_project",
+    "disable_tqdm",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_strategy",
+    "hub_private_repo",
+    "hub_token",
+)
+"""Settings that do not change the weights after a given number of steps; a run goes on only if all others are kept."""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -61,6 +103,26 @@ class AhaTrainingArguments:
         default=None,
         metadata=_help("Train at this side in pixels instead of the classifier's own; cheaper when less."),
     )
+    gradient_checkpointing: bool = field(
+        default=False,
+        metadata=_help(
+            "Compute activations of classifier and decoder again instead of keeping them: slower, smaller."
+        ),
+    )
+    torch_compile: bool = field(default=False, metadata=_help("Compile the classifier's passes on perturbed images."))
+    torch_compile_backend: str | None = field(
+        default=None, metadata=_help("Backend of torch.compile; inductor if left out.")
+    )
+    auto_find_batch_size: bool = field(
+        default=False,
+        metadata=_help(
+            "Halve per_device_batch_size until a batch fits into memory, and accumulate as many more batches."
+        ),
+    )
+    max_nonfinite_steps: int = field(
+        default=20,
+        metadata=_help("Steps with NaN or infinity are left out; stop at this many in a row."),
+    )
     max_unreadable: int = field(default=100, metadata=_help("Stop when more rows than this cannot be read."))
 
     preset: str = field(default="default", metadata=_help("Objective settings to start from: default or paper."))
@@ -92,10 +154,22 @@ class AhaTrainingArguments:
     eval_references: list[str] = field(
         default_factory=lambda: ["blur", "mean"], metadata=_help("References of the validation curves.")
     )
+    report_to: list[str] | None = field(
+        default=None, metadata=_help(f"Trackers that get settings and log: {', '.join(TRACKERS)}.")
+    )
+    run_name: str | None = field(
+        default=None, metadata=_help("Name of the run in the trackers; that of the repository or folder if left out.")
+    )
+    tracking_project: str = field(default="hf-aha", metadata=_help("Project of the run in the trackers."))
+    disable_tqdm: bool = field(default=False, metadata=_help("Show no progress line."))
     save_steps: int = field(default=200, metadata=_help("Steps between checkpoints."))
     save_total_limit: int = field(default=2, metadata=_help("Checkpoints kept."))
     resume_from_checkpoint: str | None = field(
-        default=None, metadata=_help("A checkpoint folder, or `auto` for the newest one in output_dir.")
+        default=None,
+        metadata={
+            **_help("A checkpoint folder, or `auto` for the newest whole one in output_dir."),
+            "aliases": ["--resume"],
+        },
     )
 
     push_to_hub: bool = field(
@@ -141,6 +215,15 @@ class AhaTrainingArguments:
             )
         if self.hub_strategy not in ("end", "every_save"):
             raise ValueError(f"hub_strategy must be end or every_save, but it is {self.hub_strategy!r}.")
+        if self.torch_compile_backend is not None and not self.torch_compile:
+            raise ValueError(
+                f"torch_compile_backend is {self.torch_compile_backend!r}, but torch_compile is false; set it to true."
+            )
+        for name in self.report_to or ():
+            if name not in TRACKERS:
+                near = difflib.get_close_matches(name, TRACKERS, n=1)
+                advice = f"did you mean {near[0]!r}?" if near else f"known trackers are {', '.join(TRACKERS)}."
+                raise ValueError(f"report_to has an unknown tracker {name!r}; {advice}")
         if self.push_to_hub:
             try:
                 validate_repo_id(self.repository_name())

@@ -6,9 +6,9 @@ import copy
 import shutil
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 
 import torch
 from torch import nn
@@ -35,8 +35,8 @@ class TrainingUploads:
         self.repo_id = args.repository_name()
         self.every_save = args.hub_strategy == "every_save"
         self.private, self.token = args.hub_private_repo, args.hub_token
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self._running: Future | None = None
+        self._running: Thread | None = None
+        self._failure: Exception | None = None
 
     def start(self) -> None:
         """Make the repository, so that a wrong token or name is known in the first minute and not in the last."""
@@ -55,20 +55,33 @@ class TrainingUploads:
             summary: of the run so far, for the card.
             log: `log.jsonl` of the run.
         """
-        if not self.every_save or (self._running is not None and not self._running.done()):
+        if not self.every_save or (self._running is not None and self._running.is_alive()):
             return
         self._collect()
-        snapshot = _snapshot(explainer, decoder, summary)
-        step = summary["steps"]
-        # A copy, since the run goes on writing.
-        place = TemporaryDirectory()
-        log = Path(shutil.copy(log, place.name))
-        self._running = self._worker.submit(self._push, snapshot, log, f"Training in progress, step {step}")
-        self._running.add_done_callback(lambda _: place.cleanup())
+
+        def begin() -> None:
+            snapshot = _snapshot(explainer, decoder, summary)
+            # A copy, since the run goes on writing.
+            place = TemporaryDirectory()
+            copy = Path(shutil.copy(log, place.name))
+            message = f"Training in progress, step {summary['steps']}"
+
+            def push() -> None:
+                try:
+                    self._push(snapshot, copy, message)
+                except Exception as error:  # told by the run's own thread
+                    self._failure = error
+                finally:
+                    place.cleanup()
+
+            # A daemon, which does not hold up a run that a signal ends.
+            self._running = Thread(target=push, name="upload", daemon=True)
+            self._running.start()
+
+        self._attempt(begin, "the training goes on")
 
     def finish(self, explainer: AhaExplainer, log: Path) -> None:
         """Wait for an upload on its way, then upload the trained explainer."""
-        self._worker.shutdown(wait=True)
         self._collect()
         self._attempt(
             lambda: self._push(explainer, log, "End of training"),
@@ -86,9 +99,17 @@ class TrainingUploads:
         )
 
     def _collect(self) -> None:
-        if self._running is not None:
-            running, self._running = self._running, None
-            self._attempt(running.result, "the training goes on")
+        """Wait for an upload on its way, and tell how it failed."""
+        if self._running is None:
+            return
+        self._running.join()
+        failure, self._running, self._failure = self._failure, None, None
+
+        def tell() -> None:
+            if failure is not None:
+                raise failure
+
+        self._attempt(tell, "the training goes on")
 
     def _attempt(self, work: Callable[[], object], consequence: str) -> None:
         try:

@@ -133,7 +133,7 @@ def test_a_measured_step_trains_the_decoder_and_nothing_else(script, classifier,
     assert all(parameter.grad is None for parameter in trainer.explainer.parameters())
     # The first step of the warm-up has a learning rate of 0.
     for _ in range(2):
-        trainer.training_step(torch.randn(2, 3, 32, 32), torch.tensor([-1, -1]))
+        trainer.training_step(torch.randn(2, 3, 32, 32), torch.tensor([-1, -1]), torch.arange(2))
     changed = {name for name, value in trainer.explainer.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith("decoder.") for name in changed)
 

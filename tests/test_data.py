@@ -6,13 +6,23 @@ import io
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from hf_aha.data import Photographs, ProcessorCrop, RandomCrop, collate, load_photographs, mosaic
+from hf_aha.data import (
+    Photographs,
+    ProcessorCrop,
+    RandomCrop,
+    collate,
+    find_label_column,
+    load_photographs,
+    mosaic,
+    read_row,
+)
 
 
 HALF = (0.5, 0.5, 0.5)
@@ -126,6 +136,20 @@ def test_a_label_column_must_exist_and_hold_integers(tmp_path):
         Photographs(rows, column, crop, "word")
 
 
+def test_the_label_column_is_found_when_it_is_unambiguous():
+    number, classes = datasets.Value("int64"), datasets.ClassLabel(names=["cat", "dog"])
+    for expected, columns in {
+        "kind": {"kind": classes, "label": number},
+        "cls": {"jpg": datasets.Image(), "cls": number, "width": number},
+        "label": {"label": datasets.Value("uint8"), "cls": datasets.Value("string")},
+    }.items():
+        assert find_label_column(datasets.Features(columns)) == expected
+    with pytest.raises(ValueError, match="2 columns of classes \\(a, b\\) among its columns a, b; name one"):
+        find_label_column(datasets.Features({"a": classes, "b": classes}))
+    with pytest.raises(ValueError, match="no column of classes among its columns a; name one with label_column"):
+        find_label_column(datasets.Features({"a": number}))
+
+
 # ---------------------------------------------------------------------------------------------- rows and batches
 
 
@@ -159,6 +183,29 @@ def test_a_crop_depends_on_seed_epoch_and_row_alone(photographs):
     assert not torch.equal(crop(0, 1, 0), first)
     photographs.dataset = photographs.dataset.select([0, 0, 0, 0])
     assert not torch.equal(crop(0, 0, 1), first), "the same picture in another row has another crop"
+
+
+def test_a_remote_image_is_fetched_and_a_missing_one_is_an_unreadable_row():
+    with fsspec.open("memory://photos/a.png", "wb") as file:
+        file.write(encoded(0))
+    crop = RandomCrop((8, 8), HALF, HALF)
+    rows = [
+        read_row({"bytes": None, "path": f"memory://photos/{name}.png"}, 2, 5, crop, np.random.default_rng(0))
+        for name in "ab"
+    ]
+    local = read_row({"bytes": encoded(0), "path": None}, 2, 5, crop, np.random.default_rng(0))
+    assert torch.equal(rows[0]["pixel_values"], local["pixel_values"]) and rows[0]["label"] == 2
+    assert rows[1] == {"index": 5, "error": rows[1]["error"]}
+    assert "The image memory://photos/b.png cannot be fetched" in rows[1]["error"]
+
+
+def test_the_fingerprint_is_that_of_rows_and_columns(photographs):
+    first = photographs.fingerprint()
+    assert first == photographs.fingerprint()
+    photographs.dataset = photographs.dataset.select([0, 1, 3, 2])
+    assert photographs.fingerprint() != first
+    photographs.dataset = photographs.dataset.select(range(3))
+    assert photographs.fingerprint() != first
 
 
 # ---------------------------------------------------------------------------------------------- crops
@@ -213,13 +260,12 @@ def test_processor_crop_equals_the_processor():
 
 
 def test_mosaic_keeps_one_side_and_takes_the_other_from_the_neighbour():
-    images = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 3, 20, 24).clone()
+    images = torch.arange(7.0).view(7, 1, 1, 1).expand(7, 3, 20, 24).clone()
     before = images.clone()
     mixed = mosaic(images, 1.0, torch.Generator().manual_seed(0))
     assert torch.equal(images, before)
     axes = set()
-    for row in range(6):
-        neighbour = (row - 1) % 6
+    for row, neighbour in enumerate([1, 0, 3, 2, 5, 4, 5]):
         assert set(mixed[row].unique().tolist()) == {float(row), float(neighbour)}
         assert mixed[row, :, -1, -1].eq(row).all(), "the lower or right side stays"
         by_row, by_column = mixed[row, 0, :, -1].eq(neighbour), mixed[row, 0, -1].eq(neighbour)
@@ -236,3 +282,12 @@ def test_mosaic_changes_the_asked_share_only():
     assert 0.15 < changed < 0.35
     assert torch.equal(mosaic(images, 0.0, torch.Generator()), images)
     assert torch.equal(mosaic(images[:1], 1.0, torch.Generator()), images[:1])
+
+
+def test_a_mosaic_does_not_depend_on_how_an_even_batch_is_cut():
+    images = torch.rand(8, 3, 12, 12)
+    generators = [[torch.Generator().manual_seed(row) for row in range(8)] for _ in range(2)]
+    whole = mosaic(images, 0.7, generators[0])
+    parts = [mosaic(images[start : start + 2], 0.7, generators[1][start : start + 2]) for start in range(0, 8, 2)]
+    assert torch.equal(whole, torch.cat(parts))
+    assert not torch.equal(whole, images)

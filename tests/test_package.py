@@ -108,12 +108,21 @@ def test_no_file_holds_a_path_of_one_machine():
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_module_reads_no_pickles(path):
-    """Weights are safetensors and arrays are loaded without pickles, which could run code."""
+    """Weights are safetensors and arrays are loaded without pickles, which could run code.
+
+    The optimiser's state alone is torch's format, read with `weights_only=True`, which runs none.
+    """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
-            assert not {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"} & set(names), ast.unparse(node)
+            if ast.unparse(node) != "from pickle import UnpicklingError":
+                assert not {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"} & set(names), ast.unparse(
+                    node
+                )
         elif isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in ("torch.load", "torch.save"), ast.unparse(node)
+            if ast.unparse(node.func) == "torch.load":
+                assert {word.arg: ast.unparse(word.value) for word in node.keywords}.get("weights_only") == "True"
+            elif path.name != "training_state.py":
+                assert ast.unparse(node.func) != "torch.save", ast.unparse(node)
             allowed = [word.value for word in node.keywords if word.arg == "allow_pickle"]
             assert all(isinstance(value, ast.Constant) and value.value is False for value in allowed)

@@ -13,7 +13,7 @@ from hf_aha.arguments import parse_yaml_and_command_line
 
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
-FILES = sorted(FOLDER.rglob("*.yaml"))
+FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "accelerate")  # those are Accelerate's
 IMAGENET = sorted(FOLDER.glob("*-imagenet*.yaml"))
 IMAGENET_PHOTOGRAPHS = 1_281_167
 

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
@@ -111,7 +112,7 @@ def test_an_explainer_is_trained_from_a_recipe_and_the_command_line(
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
     assert any("validation/blur/deletion" in entry for entry in log)
-    assert json.loads((tmp_path / "run" / "arguments.json").read_text())["learning_rate"] == 0.001
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["learning_rate"] == 0.001
 
     loaded = AhaExplainer.from_pretrained(tmp_path / "run" / "final")
     pixels = torch.randn(1, 3, 32, 32)
@@ -141,8 +142,10 @@ def test_training_goes_on_from_another_explainer(tmp_path, train_explainer, clas
     second = train_explainer.main([*words, "--learning_rate", "1e-12"])
     for name, value in first.decoder.state_dict().items():
         assert torch.allclose(second.decoder.state_dict()[name], value, atol=1e-6), name
-    message = one_sentence(train_explainer.main, [*words, "--grid_width", "32"])
-    assert message == "grid_width does not go with init_from, whose explainer settles it; leave it out."
+    assert second.config.init_from["new"] == [] and second.config.init_from["explainer"] == "final"
+    words += ["--grid_width", "32", "--quarter_width", "12", "--half_width", "12"]
+    message = one_sentence(train_explainer.main, words)
+    assert message.startswith("The training cannot start: Nothing of the explainer final (grid_width 16, ")
 
 
 def test_a_bfloat16_classifier_trains_an_explainer_of_the_full_one(
@@ -172,7 +175,6 @@ def test_a_wrong_start_is_one_sentence(tmp_path, train_explainer, classifier_fol
     assert "goes with mixed_precision bf16 only" in refused(*both, "--classifier_dtype", "bfloat16")
     assert "The training cannot start: " in refused(*both, "--train_split", "test")
     assert "no column 'kind'" in refused(*both, "--label_column", "kind")
-    assert "has no label column" in refused(*both, "--target_classes", "label")
     assert "read, more than max_unreadable=0" in refused(*both, "--max_unreadable", "0", "--max_steps", "9")
     assert "does not exist; use 'auto'" in refused(*both, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1"))
 

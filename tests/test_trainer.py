@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,6 +25,7 @@ from hf_aha.training_args import AhaTrainingArguments
 
 HALF = (0.5, 0.5, 0.5)
 ROWS = 24
+TIMES = ("images_per_second", "data_wait_share")
 
 
 def encoded(seed: int) -> bytes:
@@ -120,7 +122,7 @@ def test_a_run_writes_everything_and_the_result_reloads(tmp_path, explainer, mak
     trained = AhaTrainer(explainer, args, make_photographs(), make_photographs(crop="processor")).train()
 
     run = tmp_path / "run"
-    assert json.loads((run / "arguments.json").read_text())["max_steps"] == 4
+    assert yaml.safe_load((run / "config.yaml").read_text())["max_steps"] == 4
     assert Image.open(run / "training.png").size[0] > 100
     assert not (run / "unreadable.jsonl").exists()
     log = read_log(run)
@@ -174,7 +176,7 @@ class Quadrant(torch.nn.Module):
 def test_training_finds_the_quadrant_that_decides_the_class(tmp_path, explainer, make_photographs):
     explainer.classifier = Quadrant(explainer.classifier)
     args = arguments(
-        tmp_path / "run", max_steps=40, learning_rate=0.01, ema_decay=0.8, eval_images=16, eval_steps=1000, log_steps=8
+        tmp_path / "run", max_steps=80, learning_rate=0.01, ema_decay=0.8, eval_images=16, eval_steps=1000, log_steps=8
     )
     trainer = AhaTrainer(explainer, args, make_photographs(), make_photographs(crop="processor"))
     untrained = trainer.evaluate()
@@ -188,7 +190,8 @@ def test_training_finds_the_quadrant_that_decides_the_class(tmp_path, explainer,
     for kind in ("mean", "mean/cells"):
         assert gap(trained, kind) > gap(untrained, kind) + 0.05
     losses = [entry["loss"] for entry in log if "loss" in entry]
-    assert losses[-1] < losses[0] - 0.03
+    # Of few points a step, so single entries are noisy.
+    assert sum(losses[-3:]) / 3 < sum(losses[:3]) / 3 - 0.03
     batch = torch.stack([trainer.eval_dataset[i]["pixel_values"] for i in range(16)])
     with torch.no_grad():
         scores = explainer(batch).scores
@@ -259,7 +262,7 @@ def test_a_resumed_run_ends_with_the_same_weights(
     for name, value in whole.decoder.state_dict().items():
         assert torch.equal(resumed.decoder.state_dict()[name], value), name
     timeless = [
-        [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in read_log(tmp_path / name)]
+        [{k: v for k, v in entry.items() if k not in TIMES} for entry in read_log(tmp_path / name)]
         for name in ("whole", "run")
     ]
     assert timeless[0] == timeless[1]
@@ -273,15 +276,15 @@ def test_a_resumed_run_ends_with_the_same_weights(
 
 def test_epochs_differ_in_order_and_crops_and_every_row_comes_once(tmp_path, explainer, make_photographs):
     trainer = AhaTrainer(explainer, arguments(tmp_path / "run"), make_photographs())
-    batches = trainer._batches()
+    batches = iter(trainer.source)
     epochs = [torch.cat([next(batches).indices for _ in range(3)]).tolist() for _ in range(3)]
     assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     for done in (1, 4, 6, 8):
         AcceleratorState._reset_state(reset_partial_state=True)
         later = AhaTrainer(explainer, arguments(tmp_path / "run"), make_photographs())
-        later.batches = done
-        rest = later._batches()
+        later.source.feed.go_to(done)
+        rest = iter(later.source)
         assert torch.cat([next(rest).indices for _ in range(9 - done)]).tolist() == sum(epochs, [])[8 * done :]
 
 
@@ -293,7 +296,7 @@ def test_old_checkpoints_are_removed_and_only_whole_ones_are_found(tmp_path, exp
 
     # A run killed while it saved leaves a part under another name.
     AcceleratorState._reset_state(reset_partial_state=True)
-    (run / "partial-checkpoint").mkdir()
+    (run / "partial-checkpoint-6").mkdir()
     args = arguments(run, max_steps=7, resume_from_checkpoint="auto", save_steps=6)
     trainer = AhaTrainer(explainer, args, make_photographs())
     trainer.train()
@@ -380,7 +383,7 @@ def test_the_class_explained_is_the_one_asked_for(tmp_path, explainer, make_phot
     photographs = make_photographs(labels=True)
     trainer = AhaTrainer(explainer, arguments(tmp_path / "run", target_classes=targets), photographs)
     logits = torch.tensor([[0.0, 1.0, 0.0]]).log_softmax(-1).expand(3000, -1)
-    target = trainer._training_target(logits, torch.full((3000,), 2))
+    target = trainer._training_target(logits, torch.full((3000,), 2), torch.Generator().manual_seed(0))
     shares = torch.bincount(target, minlength=3) / 3000
     expected = {"predicted": [0, 1, 0], "label": [0, 0, 1], "sampled": logits[0].exp().tolist()}[targets]
     assert shares.tolist() == pytest.approx(expected, abs=0.04)
@@ -427,13 +430,15 @@ def test_norms_and_biases_do_not_decay_and_the_rate_warms_up(tmp_path, explainer
 
 
 @pytest.mark.parametrize("where", ["loss", "scores"])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, explainer, make_photographs, where):
-    trainer = AhaTrainer(explainer, arguments(tmp_path / "run"), make_photographs())
+def test_a_run_that_is_never_finite_stops(tmp_path, explainer, make_photographs, where):
+    args = arguments(tmp_path / "run", max_nonfinite_steps=2)
+    trainer = AhaTrainer(explainer, args, make_photographs())
     if where == "loss":
         trainer._logits_of = lambda pixels: torch.full((len(pixels), 5), float("inf"))
     else:
         with torch.no_grad():
             explainer.decoder.pixel_score.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match=f"NaN or infinity in the {where} at step 0; lower the learning rate"):
+    told = f"NaN or infinity in the {where} at step 1, the last of 2 such steps in a row; lower the learning rate"
+    with pytest.raises(FloatingPointError, match=told), pytest.warns(UserWarning, match="Step 0 is left out"):
         trainer.train()
     assert not (tmp_path / "run" / "final").exists()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from hf_aha.arguments import parse_yaml_and_command_line
 from hf_aha.objectives import FaithfulnessObjective
-from hf_aha.training_args import AhaTrainingArguments
+from hf_aha.training_args import MAY_CHANGE_ON_RESUME, AhaTrainingArguments
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -88,3 +89,16 @@ def test_every_setting_of_the_objective_can_be_set_and_every_name_has_help():
     for name in FaithfulnessObjective.__dataclass_fields__:
         assert getattr(AhaTrainingArguments("out"), name) is None
     assert all(f.metadata["help"] for f in AhaTrainingArguments.__dataclass_fields__.values())
+
+
+def test_every_name_that_may_change_on_resume_is_a_setting_and_resume_is_short():
+    assert set(MAY_CHANGE_ON_RESUME) <= set(AhaTrainingArguments.__dataclass_fields__)
+    args = parse_yaml_and_command_line(AhaTrainingArguments, ["--output_dir", "out", "--resume", "auto"])
+    assert args.resume_from_checkpoint == "auto"
+
+
+def test_a_backend_without_compilation_is_refused():
+    with pytest.raises(
+        ValueError, match="torch_compile_backend is 'eager', but torch_compile is false; set it to true"
+    ):
+        AhaTrainingArguments("out", torch_compile_backend="eager")
