@@ -15,9 +15,10 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 BENCH_STAMP := .venv-bench/.installed
+DEMO_STAMP := .venv-demo/.installed
 DEMO_OUTPUT := demo-output
 
-.PHONY: help demo test test-slow lint format bench-env bench clean
+.PHONY: help demo docs test test-slow lint format bench-env bench demo-env demo-test clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' Makefile
@@ -49,8 +50,16 @@ bench-env: $(BENCH_STAMP) ## .venv-bench: other libraries' methods and metrics; 
 bench: $(BENCH_STAMP) ## the tests of the baselines and of agreement with other libraries
 	.venv-bench/bin/python -m pytest -m bench $(PYTEST_ARGS)
 
+docs: $(DEMO_STAMP) ## the documentation as a site in build/docs; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 .venv-demo/bin/python -m mkdocs build --quiet
+
+demo-env: $(DEMO_STAMP) ## .venv-demo: Gradio for hf-aha demo, Playwright for its tests, MkDocs for the documentation
+
+demo-test: $(DEMO_STAMP) ## the tests of the live demo, with its page
+	.venv-demo/bin/python -m pytest $(wildcard tests/test_demo_*.py) tests/test_push_space.py $(PYTEST_ARGS)
+
 clean: ## remove the environments and everything that was made from the sources
-	rm -rf .venv .venv-bench .venv-oldest .venv-newest $(DEMO_OUTPUT) build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench .venv-demo .venv-oldest .venv-newest $(DEMO_OUTPUT) build dist *.egg-info .pytest_cache .ruff_cache
 	find hf_aha tests recipes -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call make_venv,FOLDER): an environment made by the first suitable Python.
@@ -116,4 +125,10 @@ $(BENCH_STAMP): pyproject.toml constraints-bench.txt
 	$(call make_venv,.venv-bench)
 	@.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
 		-c constraints-bench.txt -e ".[bench,dev]"
+	@touch $@
+
+$(DEMO_STAMP): pyproject.toml constraints-demo.txt
+	$(call make_venv,.venv-demo)
+	@.venv-demo/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+		-c constraints-demo.txt -e ".[demo,browser,docs,dev]"
 	@touch $@

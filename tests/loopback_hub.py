@@ -62,6 +62,7 @@ class Repository:
 
     repo_id: str
     repo_type: str = "model"
+    sdk: str | None = None
     private: bool = False
     gated: bool = False
     granted: set[str] = field(default_factory=set)
@@ -406,9 +407,11 @@ def _create(call: Call) -> Answer:
     answer = {"url": f"{call.hub.url}/{prefix}{repo_id}", "name": repo_id}
     if (repo_type, repo_id) in call.hub.repositories:
         raise Answer(409, answer | {"error": "You already created this repo"})
-    call.hub.repository(repo_id, repo_type).private = asked.get("visibility") == "private" or bool(
-        asked.get("private")
-    )
+    if repo_type == "space" and asked.get("sdk") not in ("gradio", "docker", "static"):
+        raise refusal(400, None, "A Space needs an sdk: gradio, docker or static")
+    repository = call.hub.repository(repo_id, repo_type)
+    repository.private = asked.get("visibility") == "private" or bool(asked.get("private"))
+    repository.sdk = asked.get("sdk")
     return Answer(200, answer)
 
 

@@ -145,6 +145,25 @@ def test_the_files_hold_what_the_explainer_says(explain, folder, photograph, tmp
     assert line == f"dog.png: {expected.label} {expected.probability:.2f} -> {tmp_path / 'out' / 'dog.png'}"
 
 
+def test_a_class_is_compared_with_another(explain, folder, photograph, tmp_path, capsys):
+    assert explain(photograph, "--format", "json,npy", "--target", "tench", "--against", "CHAIN SAW") == 0
+    assert written(tmp_path) == {"dog.tench-rather-than-chain-saw.json", "dog.tench-rather-than-chain-saw.npy"}
+    record = json.loads((tmp_path / "out" / "dog.tench-rather-than-chain-saw.json").read_text(encoding="utf-8"))
+    expected = AhaExplainer.from_pretrained(folder).explain(Image.open(photograph), "tench", against="chain saw")
+    assert (record["target"], record["against"], record["against_label"]) == (0, 3, "chain saw")
+    assert record["against_probability"] == pytest.approx(expected.against_probability, abs=1e-5)
+    scores = np.load(tmp_path / "out" / "dog.tench-rather-than-chain-saw.npy")
+    np.testing.assert_allclose(scores, expected.scores, rtol=1e-3, atol=1e-4)
+    start = f"dog.png: tench {expected.probability:.2f} rather than chain saw {expected.against_probability:.2f}"
+    assert capsys.readouterr().out.startswith(start)
+    # Without a target, the most probable other class is asked about, also where `--against` is the predicted one.
+    for index in range(2):
+        assert explain(photograph, "--format", "json", "--against", index, "--refine", "1") == 0
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in (tmp_path / "out").glob("*than-[tE]*.json")]
+    assert {record["against"] for record in records} == {0, 1}
+    assert all(record["target"] != record["against"] and "refinement" in record for record in records)
+
+
 def test_a_target_is_named_in_the_files_and_beside_the_prediction(explain, photograph, tmp_path, capsys):
     explain(photograph, "--format", "json")
     predicted = json.loads((tmp_path / "out" / "dog.json").read_text(encoding="utf-8"))["target"]
@@ -220,6 +239,9 @@ def test_quiet_prints_nothing(explain, photograph, capsys):
         (["--target", "English springr"], "'English springer'"),
         (["--target", "5"], "0..4"),
         (["--top-k", "6"], "6"),
+        (["--against", "newt"], "newt"),
+        (["--target", "chain saw", "--against", "3"], "--target and --against both name chain saw"),
+        (["--top-k", "2", "--against", "3"], "--against does not go with --top-k"),
         (["--device", "abacus"], "'abacus'"),
         (["--classifier", "no-such-classifier", "--local-files-only"], "no-such-classifier"),
     ],

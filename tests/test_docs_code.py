@@ -36,6 +36,7 @@ from hf_aha.metrics import get_protocol, get_unoptimised
 
 NOT_RUN = {
     ("README.md", "installs from a package index"),
+    ("README.md", "serves until it is stopped; tests/test_demo*.py drive it"),
     ("docs/baselines.md", "needs the extra bench"),
     ("docs/demo.md", "serves until it is stopped; tests/test_demo*.py drive it"),
     ("docs/get-started.md", "installs from a package index"),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import json
 import re
+import threading
 import warnings
 from pathlib import Path
+from threading import Event
 
 import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from conftest import build_classifier
 from huggingface_hub import ModelCard
@@ -28,7 +32,7 @@ from hf_aha.data import Photographs, ProcessorCrop, RandomCrop
 from hf_aha.hub import explain_hub_error, inherited_licence
 from hf_aha.trainer import AhaTrainer, _hub_source
 from hf_aha.training_args import AhaTrainingArguments
-from hf_aha.training_uploads import _snapshot
+from hf_aha.training_uploads import TrainingUploads, _snapshot
 
 
 SIZES = {"grid_width": 8, "grid_depth": 1, "quarter_width": 8, "half_width": 8}
@@ -322,7 +326,7 @@ def test_the_end_of_a_training_goes_up_with_card_log_and_plot(hub, token, train)
     for path in run.rglob("*"):
         assert not path.is_file() or token.encode() not in path.read_bytes(), path
     assert token not in str(AhaTrainingArguments("run", hub_token=token))
-    assert "hub_token" not in json.loads((run / "arguments.json").read_text())
+    assert "hub_token" not in yaml.safe_load((run / "config.yaml").read_text())
 
 
 def test_every_checkpoint_goes_up_and_its_weights_are_those_of_that_step(hub, token, train, quick):
@@ -370,6 +374,35 @@ def test_a_hub_that_is_gone_never_loses_the_training(hub, token, train, quick):
     run, complaints = train(hub_token=token)
     assert_trained(run)
     assert len(complaints) == 2
+
+
+def test_a_disk_too_full_for_an_upload_never_loses_the_training(hub, token, train, quick, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hf_aha.training_uploads.shutil.copy", full)
+    run, complaints = train(hub_token=token, hub_strategy="every_save")
+    assert_trained(run)
+    assert len(complaints) == 1 and "No space left on device (the training goes on)" in complaints[0]
+    assert commits(hub, "alice/aha-run") == ["End of training"]
+
+
+def test_an_upload_on_its_way_does_not_hold_up_a_run_that_ends(hub, token, explainer, tmp_path):
+    reached, go_on = Event(), Event()
+    uploads = TrainingUploads(AhaTrainingArguments(str(tmp_path / "run"), hub_token=token, hub_strategy="every_save"))
+
+    def stuck(*_):
+        reached.set()
+        go_on.wait(60)
+
+    uploads._push = stuck
+    (tmp_path / "log.jsonl").write_text("")
+    uploads.checkpoint(explainer, explainer.decoder, {"steps": 1}, tmp_path / "log.jsonl")
+    assert reached.wait(30)
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "upload")
+    assert thread.daemon, "Python does not wait for it at its end"
+    go_on.set()
+    thread.join()
 
 
 def test_a_later_push_finds_the_log_of_the_run(hub, token, train, quick):
