@@ -48,8 +48,8 @@ def locked_run_folder(folder: Path) -> Iterator[None]:
         owner.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
     except Timeout as error:
         raise RunFolderError(
-            f"The run folder {folder} is in use by another process ({_read(owner) or 'of unknown pid'}); wait for it to end, stop it, or "
-            "choose another output_dir."
+            f"The run folder {folder} is in use by another process ({_read(owner) or 'of unknown pid'}); wait for it "
+            "to end, stop it, or choose another output_dir."
         ) from error
     except OSError as error:
         lock.release()
