@@ -94,9 +94,9 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             per_device_batch_size=args.batch_size,
             dataloader_num_workers=args.workers,
             log_steps=max(1, args.steps // 100),
-            eval_steps=max(1, args.steps // 4),
-            eval_images=8,
-            save_steps=max(1, args.steps // 4),
+            eval_steps=max(1, args.steps // 10),  # the first within the warm-up
+            eval_images=4,
+            save_steps=max(1, args.steps // 10),
             disable_tqdm=not sys.stderr.isatty(),
         )
         explainer = bundled_explainer()
