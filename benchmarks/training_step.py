@@ -16,7 +16,7 @@ import argparse
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -49,6 +49,19 @@ def bare_pass(trainer: AhaTrainer, images: torch.Tensor) -> None:
     logits.float().softmax(-1)[:, 0].mean().backward()
 
 
+def profile_table(step: Callable[[], object], rows: int = 10) -> str:
+    """The operators of one step that take most of the time, by their own share, as Markdown."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        step()
+    events = sorted(profiler.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
+    total = sum(event.self_cpu_time_total for event in events)
+    lines = ["| operator | calls | share of the step |", "|---|---:|---:|"]
+    lines += [
+        f"| `{event.key}` | {event.count} | {event.self_cpu_time_total / total:.1%} |" for event in events[:rows]
+    ]
+    return "\n".join([*lines, ""])
+
+
 def measure(args: argparse.Namespace) -> dict[str, object]:
     """Median seconds of a step and of the bare pass, and the ratio of the same turn."""
     with tempfile.TemporaryDirectory() as folder:
@@ -65,6 +78,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             "step": lambda: trainer.training_step(pixels, labels, indices),
         }
         seconds = timed_in_turns(calls, args.repeats, device, warm_up=2)
+        if args.profile:
+            print(profile_table(calls["step"]))
         return {
             **provenance(__file__, args.argv, device),
             "classifier": Path(args.classifier).name,
@@ -111,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
     parser.add_argument("--attn-implementation", choices=("sdpa", "eager"), help="default: the library's")
     parser.add_argument("--mixed-precision", choices=("bf16", "no", "fp16"), default="bf16", help="default: bf16")
     parser.add_argument("--repeats", type=int, default=10, help="counted turns (default: 10)")
+    parser.add_argument("--profile", action="store_true", help="print which operators take the time of a step")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--output", type=Path, help="write the measurements as JSON")
     args = parser.parse_args(argv)
