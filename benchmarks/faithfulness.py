@@ -19,7 +19,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -176,6 +176,7 @@ def describe(args: argparse.Namespace, explainer: AhaExplainer) -> dict[str, obj
         "classifier": Path(str(args.classifier or config.base_model_name_or_path)).name,
         "image_size": list(config.image_size),
         "patch_size": list(config.patch_size),
+        "passes": config.passes_per_explanation,
         "decoder_parameters": sum(p.numel() for p in explainer.decoder.parameters()),
         "training": config.training,
         "versions": {name: version(name) for name in ("torch", "transformers", "captum", "numpy")},
@@ -208,14 +209,15 @@ def areas(entries: Sequence[dict], method: str, key: str) -> dict[str, np.ndarra
     return {**area, "difference": area["insertion"] - area["deletion"]}
 
 
-def table(entries: Sequence[dict], kind: str, level: str, seed: int) -> str:
+def table(entries: Sequence[dict], names: Mapping[str, str], kind: str, level: str, seed: int) -> str:
+    """Areas of the methods `names`, by title, on the photographs that all of them were measured on at this level."""
     lines = [
         "| method | deletion (lower is better) | insertion (higher is better) | insertion - deletion "
         "| AHA minus this, paired |",
         "|---|---|---|---|---|",
     ]
     ours = areas(entries, "aha", f"{kind}/{level}")["difference"]
-    for method in METHODS:
+    for method, title in names.items():
         found = areas(entries, method, f"{kind}/{level}")
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(found[name], seed)) for name in found]
         paired = (
@@ -223,7 +225,7 @@ def table(entries: Sequence[dict], kind: str, level: str, seed: int) -> str:
             if method == "aha"
             else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*bootstrap(ours - found["difference"], seed))
         )
-        lines.append(f"| {NAMES[method]} | " + " | ".join(cells) + f" | {paired} |")
+        lines.append(f"| {title} | " + " | ".join(cells) + f" | {paired} |")
     return "\n".join(lines)
 
 
@@ -234,25 +236,37 @@ def section(files: Sequence[str]) -> str:
         SystemExit: the files were measured on different photographs.
     """
     heads, entries = [], []
-    for file in files:
-        head, *rest = read_lines(file)
-        heads.append(head)
+    names, passes = dict(NAMES), dict(PASSES)
+    runs = [read_lines(file) for file in files]
+    head = next(head for head, *_ in runs if head["explainer"] is not None)
+    for other, *rest in runs:
+        heads.append(other)
+        name = other["explainer"]
+        if name not in (None, head["explainer"]):
+            # Another explainer of the same classifier is one more row.
+            rest = [{**entry, "method": name} if entry.get("method") == "aha" else entry for entry in rest]
+            backward = (other.get("passes", 1) - 1) // 2
+            names[name] = f"AHA ({name})"
+            passes[name] = f"{1 + backward} forward + {backward} backward" if backward else "1 forward"
         entries += rest
-    head = next(head for head in heads if head["explainer"] is not None)
     protocol = {name: head["arguments"][name] for name in ("split", "images", "skip", "seed")}
     for other in heads:
         if any(other["arguments"][name] != value for name, value in protocol.items()):
             raise SystemExit(f"The files of {head['classifier']} were measured on different photographs.")
     failed = [entry for entry in entries if "error" in entry]
     entries = sorted((entry for entry in entries if "error" not in entry), key=lambda entry: entry["image"])
-    measured = {method: {entry["image"] for entry in entries if entry["method"] == method} for method in METHODS}
+    measured = {method: {entry["image"] for entry in entries if entry["method"] == method} for method in names}
     # Methods are compared on the same photographs only.
     common = set.intersection(*measured.values())
     left_out = len(set.union(*measured.values())) - len(common)
     ours = {kind: areas(entries, "aha", f"{kind}/pixel")["difference"] for kind in REFERENCES}
     entries = [entry for entry in entries if entry["image"] in common]
     count = len(common)
-    with_cells = sum(entry["method"] == "aha" and "blur/cells" in entry["curves"] for entry in entries)
+    cells = [
+        {entry["image"] for entry in entries if entry["method"] == method and "blur/cells" in entry["curves"]}
+        for method in names
+    ]
+    with_cells = set.intersection(*cells)
     seed, last = protocol["seed"], protocol["skip"] + protocol["images"] - 1
     height, width = head["image_size"]
     training = head["training"] or {}
@@ -269,18 +283,19 @@ def section(files: Sequence[str]) -> str:
             "{:.3f} [{:.3f}, {:.3f}] with {}".format(*bootstrap(values, seed), kind) for kind, values in ours.items()
         )
         parts.append(f"AHA alone on all {len(ours['blur'])} photographs, pixels, insertion - deletion: {alone}.")
-    for level, name, number in (
-        ("pixel", "Pixels", count),
+    for level, name, images in (
+        ("pixel", "Pixels", common),
         ("cells", f"Patch cells ({head['patch_size'][0]} px)", with_cells),
     ):
+        chosen = [entry for entry in entries if entry["image"] in images]
         for kind in REFERENCES:
-            if number:
-                title = f"### {name}, {kind} reference ({number} photographs)"
-                parts.append(f"{title}\n\n{table(entries, kind, level, seed)}")
-    seconds = {m: float(np.median([entry["seconds"] for entry in entries if entry["method"] == m])) for m in METHODS}
+            if images:
+                title = f"### {name}, {kind} reference ({len(images)} photographs)"
+                parts.append(f"{title}\n\n{table(chosen, names, kind, level, seed)}")
+    seconds = {m: float(np.median([entry["seconds"] for entry in entries if entry["method"] == m])) for m in names}
     parts.append(
         "### Cost of one map\n\n| method | passes of the classifier | median seconds |\n|---|---|---|\n"
-        + "\n".join(f"| {NAMES[m]} | {PASSES[m]} | {seconds[m]:.3f} |" for m in METHODS)
+        + "\n".join(f"| {names[m]} | {passes[m]} | {seconds[m]:.3f} |" for m in names)
         + f"\n\nOne image at a time, bfloat16 autocast, {head['machine']}, on a busy machine; "
         + ", ".join(f"{name} {number}" for name, number in head["versions"].items())
         + "."

@@ -612,12 +612,11 @@ class AhaExplainer(PreTrainedModel):
         scores = []
         for rows in parts:
             features = self.decoder.encode([layer[rows] for layer in tokens], pixel_values[rows])
-            pixels, classes = pixel_values[rows], target[rows].flatten()
             if target.ndim == 2:
                 features = features.repeat(target.shape[1])
-                pixels = pixels.repeat_interleave(target.shape[1], dim=0)
-            gradients = self.gradients(pixels, classes)
-            scores.append(self.decoder.decode(features, self.classifier.class_vectors(classes), gradients))
+            class_vectors = self.classifier.class_vectors(target[rows].flatten())
+            gradients = self.gradients(pixel_values[rows], target[rows])
+            scores.append(self.decoder.decode(features, class_vectors, gradients))
         return AhaOutput(scores=torch.cat(scores).unflatten(0, target.shape), logits=logits, target=target)
 
     def _explain_contrast(
@@ -654,12 +653,20 @@ class AhaExplainer(PreTrainedModel):
         return tokens, classifier(pixel_values).logits
 
     def gradients(self, pixel_values: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
-        """Gradient maps (B, num_gradient_maps, H, W) that the decoder reads beside the features, for (B,) classes.
+        """Gradient maps that the decoder reads beside the features; `None` for the single-pass explainer.
 
-        `None` for the single-pass explainer, which reads none.
+        Args:
+            pixel_values: (B, 3, H, W).
+            target: (B,) classes, or (B, M) several an image.
+
+        Returns:
+            (B, num_gradient_maps, H, W), or (B * M, ...) image by image.
         """
         if not self.config.gradient_features:
             return None
+        if target.ndim == 2:
+            # Every class has a backward pass of its own.
+            pixel_values, target = pixel_values.repeat_interleave(target.shape[1], dim=0), target.flatten()
         return gradient_maps(
             self._require_classifier(),
             pixel_values,

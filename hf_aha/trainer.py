@@ -38,7 +38,7 @@ from .run_folder import from_main_process, locked_run_folder
 from .scaling import WholeDecoder, make_accelerator, settle_batches, whole_tensor
 from .stop_signals import StopSignals, TrainingStopped, lost_workers_explained
 from .streaming import PhotographStream
-from .target_passes import TargetPasses, enable_checkpointing
+from .differentiable_passes import DifferentiablePasses, enable_checkpointing
 from .tracking import ProgressLine, RunTrackers, check_trackers
 from .training_args import AhaTrainingArguments
 from .training_batches import TrainingBatches
@@ -104,7 +104,7 @@ class AhaTrainer:
         if isinstance(eval_dataset, PhotographStream):
             eval_dataset = eval_dataset.first(args.eval_images)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        self._logits_of = TargetPasses(
+        self._logits_of = DifferentiablePasses(
             self.classifier,
             self.accelerator.autocast,
             gradient_checkpointing=args.gradient_checkpointing,

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from test_trainer import arguments, explainer, make_photographs, read_log  # noqa: F401 (fixtures)
 
 from hf_aha.batch_size import BatchDoesNotFitError
-from hf_aha.target_passes import TargetPasses
+from hf_aha.differentiable_passes import DifferentiablePasses
 from hf_aha.trainer import AhaTrainer
 
 
@@ -40,7 +40,7 @@ def train(tmp_path, explainer, make_photographs, monkeypatch):  # noqa: F811
 
 def room_for(monkeypatch, images: int) -> list[int]:
     """Let the classifier's perturbed passes run out of memory beyond so many images; gives what was tried."""
-    tried, passes = [], TargetPasses.__call__
+    tried, passes = [], DifferentiablePasses.__call__
 
     def limited(self, pixel_values: torch.Tensor) -> torch.Tensor:
         tried.append(len(pixel_values))
@@ -48,7 +48,7 @@ def room_for(monkeypatch, images: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return passes(self, pixel_values)
 
-    monkeypatch.setattr(TargetPasses, "__call__", limited)
+    monkeypatch.setattr(DifferentiablePasses, "__call__", limited)
     return tried
 
 

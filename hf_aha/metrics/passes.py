@@ -8,7 +8,7 @@ from ..classifier_aha import FrozenClassifier
 
 
 PRECISIONS = ("auto", "float32", "bfloat16")
-"""What `target_passes` accepts."""
+"""What `TargetPasses` accepts."""
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

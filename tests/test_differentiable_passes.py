@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_aha import AhaExplainer
 from hf_aha.classifier_aha import FrozenClassifier
-from hf_aha.target_passes import TargetPasses, enable_checkpointing
+from hf_aha.differentiable_passes import DifferentiablePasses, enable_checkpointing
 
 
 def bfloat16() -> contextlib.AbstractContextManager:
@@ -41,15 +41,15 @@ def with_dropout(model):
 
 @pytest.mark.parametrize("autocast", [contextlib.nullcontext, bfloat16])
 def test_checkpointing_changes_no_bit_and_turns_no_dropout_on(with_dropout, autocast):
-    plain = logits_and_gradient(TargetPasses(with_dropout, autocast))
-    passes = TargetPasses(with_dropout, autocast, gradient_checkpointing=True)
+    plain = logits_and_gradient(DifferentiablePasses(with_dropout, autocast))
+    passes = DifferentiablePasses(with_dropout, autocast, gradient_checkpointing=True)
     assert all(torch.equal(a, b) for a, b in zip(logits_and_gradient(passes), plain, strict=True))
     # The state outside of a pass is as it was.
     assert not any(module.training for module in with_dropout.model.modules())
     assert not any(parameter.requires_grad for parameter in with_dropout.model.parameters())
     with torch.no_grad():
         assert torch.equal(
-            passes(torch.ones(1, 3, 32, 32)), TargetPasses(with_dropout, autocast)(torch.ones(1, 3, 32, 32))
+            passes(torch.ones(1, 3, 32, 32)), DifferentiablePasses(with_dropout, autocast)(torch.ones(1, 3, 32, 32))
         )
 
 
@@ -62,13 +62,15 @@ def test_checkpointed_blocks_run_again_in_the_backward_pass(make_classifier):
         next(block.children()).register_forward_hook(lambda *_: runs.append(1))
     for checkpointing, expected in ((False, 1), (True, 2)):
         runs.clear()
-        logits_and_gradient(TargetPasses(classifier, contextlib.nullcontext, gradient_checkpointing=checkpointing))
+        logits_and_gradient(
+            DifferentiablePasses(classifier, contextlib.nullcontext, gradient_checkpointing=checkpointing)
+        )
         assert len(runs) == expected * len(blocks) == expected * 4
 
 
 def test_a_pass_that_fails_leaves_the_blocks_in_evaluation_mode(make_classifier):
     classifier = FrozenClassifier(make_classifier("vit"))
-    passes = TargetPasses(classifier, contextlib.nullcontext, gradient_checkpointing=True)
+    passes = DifferentiablePasses(classifier, contextlib.nullcontext, gradient_checkpointing=True)
     with pytest.raises(ValueError, match="both sides must be multiples"):
         passes(torch.zeros(1, 3, 33, 32))
     assert not any(module.training for module in classifier.model.modules())
@@ -78,7 +80,7 @@ def test_a_model_that_cannot_checkpoint_is_refused(make_classifier):
     model = make_classifier("vit")
     model.supports_gradient_checkpointing = False
     with pytest.raises(ValueError, match="ViTForImageClassification does not support gradient checkpointing; set"):
-        TargetPasses(FrozenClassifier(model), contextlib.nullcontext, gradient_checkpointing=True)
+        DifferentiablePasses(FrozenClassifier(model), contextlib.nullcontext, gradient_checkpointing=True)
 
 
 def test_the_decoder_checkpoints_in_training_with_the_same_gradient(make_classifier):
@@ -105,8 +107,8 @@ def test_the_decoder_checkpoints_in_training_with_the_same_gradient(make_classif
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_passes_give_the_same_numbers(make_classifier, checkpointing):
     classifier = FrozenClassifier(make_classifier("vit"))
-    plain = logits_and_gradient(TargetPasses(classifier, contextlib.nullcontext))
-    passes = TargetPasses(
+    plain = logits_and_gradient(DifferentiablePasses(classifier, contextlib.nullcontext))
+    passes = DifferentiablePasses(
         classifier, contextlib.nullcontext, gradient_checkpointing=checkpointing, compile_backend="eager"
     )
     for mine, theirs in zip(logits_and_gradient(passes), plain, strict=True):
@@ -115,7 +117,7 @@ def test_compiled_passes_give_the_same_numbers(make_classifier, checkpointing):
 
 def test_another_batch_and_image_size_compile_too(make_classifier):
     classifier = FrozenClassifier(make_classifier("vit"))
-    compiled = TargetPasses(classifier, contextlib.nullcontext, compile_backend="eager")
+    compiled = DifferentiablePasses(classifier, contextlib.nullcontext, compile_backend="eager")
     for count, side in ((2, 32), (3, 32), (2, 48)):
         pixels = torch.randn(count, 3, side, side)
         torch.testing.assert_close(compiled(pixels), classifier(pixels).logits, atol=1e-5, rtol=1e-4)
@@ -125,8 +127,8 @@ def test_another_batch_and_image_size_compile_too(make_classifier):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on CPUs")
 def test_inductor_gives_the_same_numbers(make_classifier):
     classifier = FrozenClassifier(make_classifier("vit"))
-    plain = logits_and_gradient(TargetPasses(classifier, contextlib.nullcontext))
-    compiled = TargetPasses(classifier, contextlib.nullcontext, compile_backend="inductor")
+    plain = logits_and_gradient(DifferentiablePasses(classifier, contextlib.nullcontext))
+    compiled = DifferentiablePasses(classifier, contextlib.nullcontext, compile_backend="inductor")
     for mine, theirs in zip(logits_and_gradient(compiled), plain, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
 
@@ -134,4 +136,4 @@ def test_inductor_gives_the_same_numbers(make_classifier):
 def test_an_unknown_backend_is_refused_with_the_known_ones(make_classifier):
     classifier = FrozenClassifier(make_classifier("vit"))
     with pytest.raises(ValueError, match="torch_compile_backend must be one of .*inductor.*, but it is 'inductr'"):
-        TargetPasses(classifier, contextlib.nullcontext, compile_backend="inductr")
+        DifferentiablePasses(classifier, contextlib.nullcontext, compile_backend="inductr")

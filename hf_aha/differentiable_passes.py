@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .classifier_aha import FrozenClassifier
 
 
-class TargetPasses:
+class DifferentiablePasses:
     """Logits of perturbed images with a gradient to their pixels, as (N, 3, H, W) -> (N, C).
 
     Args:
@@ -28,7 +28,7 @@ class TargetPasses:
         ValueError: the classifier's class cannot checkpoint, or there is no such backend.
 
     Example:
-        `TargetPasses(explainer.classifier, accelerator.autocast, gradient_checkpointing=True)(pixel_values)`
+        `DifferentiablePasses(explainer.classifier, accelerator.autocast, gradient_checkpointing=True)(pixel_values)`
     """
 
     def __init__(
@@ -92,4 +92,4 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
             block.training = mode
 
 
-__all__ = ["TargetPasses", "checkpointed", "enable_checkpointing"]
+__all__ = ["DifferentiablePasses", "checkpointed", "enable_checkpointing"]
