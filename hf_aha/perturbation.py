@@ -53,7 +53,8 @@ def deletion_images(image: torch.Tensor, reference: torch.Tensor, masks: torch.T
 def perturbed_batch_size(device: torch.device) -> int:
     """Perturbed images in a pass of the classifier, where the caller names no number: 10 on a CPU, 128 elsewhere.
 
-    On CPUs the activations of a few images stay in the caches; `benchmarks/deletion_insertion.py --max-batch` compares.
+    On CPUs the activations of a few images stay in the caches;
+    `benchmarks/deletion_insertion.py --max-batch` compares.
 
     Example:
         >>> perturbed_batch_size(torch.device("cpu"))

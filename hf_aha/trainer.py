@@ -25,6 +25,7 @@ from .batch_size import memory_errors_explained, with_fitting_batch_size
 from .card_files import TRAINING_FOLDER, TRAINING_LOG, TRAINING_PLOT
 from .checkpoints import clear_leftovers
 from .data import Photographs, UnreadableDataError, mosaic
+from .differentiable_passes import DifferentiablePasses, enable_checkpointing
 from .draws import Generators, StepDraws, uniform
 from .files import folder_in_one_step, write_atomically
 from .finite_steps import FiniteSteps, poisoned
@@ -38,7 +39,6 @@ from .run_folder import from_main_process, locked_run_folder
 from .scaling import WholeDecoder, make_accelerator, settle_batches, whole_tensor
 from .stop_signals import StopSignals, TrainingStopped, lost_workers_explained
 from .streaming import PhotographStream
-from .differentiable_passes import DifferentiablePasses, enable_checkpointing
 from .tracking import ProgressLine, RunTrackers, check_trackers
 from .training_args import AhaTrainingArguments
 from .training_batches import TrainingBatches

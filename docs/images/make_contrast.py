@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from grid import grid
 from PIL import Image
 
 import hf_aha
@@ -41,14 +42,7 @@ def main() -> None:
         explain(ball_and_truck, "golf ball").sheet(),
         explain(ball_and_truck, "golf ball").sheet(sign="negative"),
     ]
-    columns = 2
-    width, height = max(sheet.width for sheet in sheets), max(sheet.height for sheet in sheets)
-    rows = -(-len(sheets) // columns)
-    picture = Image.new("RGB", (columns * width, rows * height), "white")
-    for place, sheet in enumerate(sheets):
-        picture.paste(sheet, (place % columns * width, place // columns * height))
-    picture.thumbnail((1300, 1300))
-    picture.save(Path(__file__).parent / "contrast.png", optimize=True)
+    grid(sheets, 1300).save(Path(__file__).parent / "contrast.png", optimize=True)
 
 
 if __name__ == "__main__":
