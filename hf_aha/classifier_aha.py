@@ -220,8 +220,18 @@ class FrozenClassifier(nn.Module):
         Raises:
             ValueError: the pixels have another shape or are not floating, or a layer does not exist.
         """
+        logits, states = self.states(pixel_values, layers)
+        grid = self.grid(*pixel_values.shape[-2:])
+        return ClassifierFeatures(tuple(self.patch_tokens(state, grid) for state in states), logits)
+
+    def states(self, pixel_values: torch.Tensor, layers: Sequence[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Run the model once: its logits, and for each asked block its whole output (B, N, D), prefix tokens included.
+
+        The outputs are those the logits were computed from, so gradients with respect to them exist. Arguments and
+        errors as in `forward`.
+        """
         height, width = self._check_pixel_values(pixel_values)
-        grid = self.grid(height, width)
+        self.grid(height, width)
         self._check_layers(layers)
         if not torch.is_autocast_enabled(pixel_values.device.type) and pixel_values.dtype != self.model.dtype:
             pixel_values = pixel_values.to(self.model.dtype)
@@ -229,7 +239,7 @@ class FrozenClassifier(nn.Module):
         resized = self._family.resize_argument and (height, width) != self.image_size
         arguments = {"interpolate_pos_encoding": True} if resized else {}
         output, states = run_recorded(self.model, self._blocks_name, layers, pixel_values, **arguments)
-        return ClassifierFeatures(tuple(self._patch_tokens(states[layer], grid) for layer in layers), output.logits)
+        return output.logits, [states[layer] for layer in layers]
 
     def class_vectors(self, target: torch.Tensor) -> torch.Tensor:
         """One vector per class asked about: the head's own rows, without its bias.
@@ -305,7 +315,8 @@ class FrozenClassifier(nn.Module):
                     f"{self.num_layers}."
                 )
 
-    def _patch_tokens(self, state: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def patch_tokens(self, state: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The patch tokens (B, gh, gw, D) of a block's output (B, N, D), prefix tokens dropped."""
         prefix = state.shape[1] - grid[0] * grid[1]
         if prefix != self.num_prefix_tokens:
             raise UnsupportedClassifierError(

@@ -57,7 +57,10 @@ class AhaConfig(PreTrainedConfig):
         gradient_features (`int`, defaults to 0): points between a reference and the image at which the decoder reads
             the classifier's gradient, for each of `gradient_references`; each costs a forward and a backward pass an
             explanation. 0 is the single-pass explainer.
-        gradient_references (`list[str]`, defaults to `["blur", "mean"]`): kinds of reference, see `reference_image`.
+        gradient_references (`list[str]`, defaults to `["blur"]`): kinds of reference, see `reference_image`.
+        gradient_layers (`list[int]`, defaults to none): layers of the classifier, from 1, whose tokens' attributions
+            along the same points the decoder reads on the patch grid, for no further pass; they take two points at
+            least.
         init_from (`dict`, *optional*): the explainer of another classifier that the decoder started from: its name as
             `explainer`, its classifier as `base_model`, and which parts were `copied` and which were `new`.
         includes_classifier (`bool`, defaults to `False`): the classifier's weights lie in the subfolder `classifier`.
@@ -93,7 +96,8 @@ class AhaConfig(PreTrainedConfig):
     quarter_width: int = 48
     half_width: int = 16
     gradient_features: int = 0
-    gradient_references: list[str] | tuple[str, ...] = ("blur", "mean")
+    gradient_references: list[str] | tuple[str, ...] = ("blur",)
+    gradient_layers: list[int] | tuple[int, ...] = ()
     init_from: dict[str, Any] | None = None
     includes_classifier: bool = False
     training: dict[str, Any] | None = None
@@ -106,14 +110,20 @@ class AhaConfig(PreTrainedConfig):
             "image_std",
             "taps",
             "gradient_references",
+            "gradient_layers",
         ):
             setattr(self, name, list(getattr(self, name)))
         super().__post_init__(**kwargs)
 
     @property
     def num_gradient_maps(self) -> int:
-        """Gradient maps an image and class: two for each reference, or none."""
-        return 2 * len(self.gradient_references) if self.gradient_features else 0
+        """Gradient maps an image and class: two for each point of each reference, or none."""
+        return 2 * self.gradient_features * len(self.gradient_references)
+
+    @property
+    def num_gradient_token_maps(self) -> int:
+        """Maps of tokens' attributions an image and class: one for each layer and reference."""
+        return len(self.gradient_layers) * len(self.gradient_references)
 
     @property
     def passes_per_explanation(self) -> int:
@@ -174,6 +184,11 @@ class AhaConfig(PreTrainedConfig):
             raise ValueError(
                 f"gradient_references must be some of {', '.join(REFERENCES)}, each once, but it is "
                 f"{self.gradient_references}."
+            )
+        if self.gradient_layers and (min(self.gradient_layers) < 1 or self.gradient_features < 2):
+            raise ValueError(
+                "gradient_layers must be counted from 1 and need gradient_features of at least 2, but they are "
+                f"{self.gradient_layers} with gradient_features={self.gradient_features}."
             )
         if not self.taps or min(self.taps) < 1:
             raise ValueError(f"taps must name at least one layer, counted from 1, but it is {self.taps}.")

@@ -41,39 +41,85 @@ class TokenProjection(nn.Module):
         return self.linear(self.norm(tokens))
 
 
+class MeanOfChannels(nn.Conv2d):
+    """1 x 1 convolution that starts as the mean of some of its channels, or as zero for none of them.
+
+    Args:
+        in_channels, out_channels: as in `Conv2d`.
+        start: first and last + 1 of the channels averaged before any training.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int = 1, start: tuple[int, int] = (0, 0)):
+        super().__init__(in_channels, out_channels, 1)
+        self.start = start
+
+    @torch.no_grad()
+    def reset_to_start(self) -> None:
+        """Set the weights of before training."""
+        first, end = self.start
+        self.weight.zero_()
+        self.bias.zero_()
+        self.weight[:, first:end] = 1 / max(end - first, 1)
+
+
+@dataclass(frozen=True)
+class GradientFeatures:
+    """What a `GradientStem` gives the decoder.
+
+    Attributes:
+        grid: (B, grid_width, gh, gw), to be added to the tokens.
+        half: (B, half_width, h, w), to be added to the pixels' features.
+        coarse: (B, 1, gh, gw) float32 score of every patch.
+        fine: (B, 1, H, W) float32 score of every pixel.
+    """
+
+    grid: torch.Tensor
+    half: torch.Tensor
+    coarse: torch.Tensor
+    fine: torch.Tensor
+
+
 class GradientStem(nn.Module):
-    """Gradient maps at several scales, as features of the patch grid and of half the resolution, and as a score.
+    """Gradient maps at several scales, as features of the patch grid and of half the resolution, and as scores.
 
     A single pixel's gradient is noisy. Its mean over a neighbourhood says where the evidence lies, and the decoder
     learns how much of each to trust. Every map is divided by its own root mean square over the image.
 
     Args:
-        num_maps: maps an image.
+        num_maps: maps of pixels an image; each point of each reference gives two, see `gradient_maps`.
+        num_token_maps: maps an image that are constant over a patch, after those.
         grid_width, half_width: channels of the features.
     """
 
     WINDOWS = (1, 5, 15)
 
-    def __init__(self, num_maps: int, grid_width: int, half_width: int):
+    def __init__(self, num_maps: int, num_token_maps: int, grid_width: int, half_width: int):
         super().__init__()
+        self.num_maps = num_maps
         channels = num_maps * len(self.WINDOWS)
-        self.to_grid = nn.Conv2d(num_maps, grid_width, 1)
+        self.to_grid = nn.Conv2d(num_maps + num_token_maps, grid_width, 1)
         self.to_half = nn.Conv2d(4 * channels, half_width, 3, padding=1)
-        self.to_score = nn.Conv2d(channels, 1, 1)
+        # Before any training the scores are integrated gradients, of the tokens for patches and of the pixels within.
+        self.to_coarse = MeanOfChannels(num_maps + num_token_maps, start=(num_maps, num_maps + num_token_maps))
+        self.to_fine = MeanOfChannels(channels, start=(0, num_maps // 2))
 
-    def forward(
-        self, maps: torch.Tensor, grid: tuple[int, int], half: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Maps (B, num_maps, H, W) -> (B, grid_width, gh, gw), (B, half_width, *half) and scores (B, 1, H, W)."""
+    def forward(self, maps: torch.Tensor, grid: tuple[int, int], half: tuple[int, int]) -> GradientFeatures:
+        """Maps (B, num_maps + num_token_maps, H, W) -> features on these grids, and scores."""
         with torch.autocast(maps.device.type, enabled=False):
             maps = maps.float()
-            coarse = _unit(F.adaptive_avg_pool2d(maps, grid))
-            fine = torch.cat([_unit(_local_mean(maps, window)) for window in self.WINDOWS], dim=1)
-            score = _mix_channels_float32(self.to_score, fine).permute(0, 3, 1, 2)
-        height, width = fine.shape[-2:]
-        fine = F.pad(fine, (0, 2 * half[1] - width, 0, 2 * half[0] - height))
+            patches = _unit(F.adaptive_avg_pool2d(maps, grid))
+            pixels = maps[:, : self.num_maps]
+            pixels = torch.cat([_unit(_local_mean(pixels, window)) for window in self.WINDOWS], dim=1)
+            coarse, fine = (
+                _mix_channels_float32(layer, x).permute(0, 3, 1, 2)
+                for layer, x in ((self.to_coarse, patches), (self.to_fine, pixels))
+            )
+        height, width = pixels.shape[-2:]
+        pixels = F.pad(pixels, (0, 2 * half[1] - width, 0, 2 * half[0] - height))
         dtype = self.to_grid.weight.dtype
-        return self.to_grid(coarse.to(dtype)), self.to_half(F.pixel_unshuffle(fine, 2).to(dtype)), score
+        return GradientFeatures(
+            self.to_grid(patches.to(dtype)), self.to_half(F.pixel_unshuffle(pixels, 2).to(dtype)), coarse, fine
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +165,7 @@ class AttributionDecoder(nn.Module):
         quarter_width: channels at a quarter of the resolution.
         half_width: channels at half of the resolution.
         num_gradient_maps: gradient maps an image; 0 for the decoder that reads the forward pass alone.
+        num_gradient_token_maps: gradient maps beside these that are constant over a patch.
 
     Example:
         >>> decoder = AttributionDecoder(8, 1, 8, grid_width=8, grid_depth=1, quarter_width=8, half_width=8)
@@ -140,6 +187,7 @@ class AttributionDecoder(nn.Module):
         quarter_width: int = 48,
         half_width: int = 16,
         num_gradient_maps: int = 0,
+        num_gradient_token_maps: int = 0,
     ):
         super().__init__()
         self.taps = nn.ModuleList(TokenProjection(token_size, grid_width) for _ in range(num_taps))
@@ -154,7 +202,12 @@ class AttributionDecoder(nn.Module):
         self.quarter_to_half = nn.Conv2d(quarter_width, half_width, 1)
         self.half_block = ConvBlock(half_width, 5)
         self.pixel_score = nn.Conv2d(half_width, 4, 1)
-        self.gradient_stem = GradientStem(num_gradient_maps, grid_width, half_width) if num_gradient_maps else None
+        self.gradient_stem = None
+        if num_gradient_maps:
+            # Training starts from the stem's scores, which are good already.
+            self.grid_score = MeanOfChannels(grid_width)
+            self.pixel_score = MeanOfChannels(half_width, 4)
+            self.gradient_stem = GradientStem(num_gradient_maps, num_gradient_token_maps, grid_width, half_width)
 
     def encode(self, tokens: Sequence[torch.Tensor], pixel_values: torch.Tensor) -> DecoderFeatures:
         """Compute what serves every class.
@@ -184,8 +237,8 @@ class AttributionDecoder(nn.Module):
         Args:
             features: of `encode`.
             class_vectors: (B, class_vector_size).
-            gradients: (B, num_gradient_maps, H, W) for the same classes, of `gradient_maps`; for a decoder with a
-                gradient stem only.
+            gradients: (B, num_gradient_maps + num_gradient_token_maps, H, W) for the same classes, of
+                `gradient_maps`; for a decoder with a gradient stem only.
         """
         if (gradients is None) != (self.gradient_stem is None):
             raise ValueError(
@@ -197,12 +250,10 @@ class AttributionDecoder(nn.Module):
             2, dim=-1
         )
         grid = features.grid * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-        half, gradient_score = features.half, None
+        half, gradient = features.half, None
         if gradients is not None:
-            gradient_grid, gradient_half, gradient_score = self.gradient_stem(
-                gradients, grid.shape[-2:], half.shape[-2:]
-            )
-            grid, half = grid + gradient_grid, half + gradient_half
+            gradient = self.gradient_stem(gradients, grid.shape[-2:], half.shape[-2:])
+            grid, half = grid + gradient.grid, half + gradient.half
         grid = self.grid_blocks(grid)
         quarter = _resize(self.grid_to_quarter(grid), features.quarter.shape[-2:]).add_(features.quarter)
         quarter = self.quarter_block(quarter)
@@ -216,8 +267,8 @@ class AttributionDecoder(nn.Module):
             # Four channels become 2 x 2 pixels.
             pixel = pixel.unflatten(3, (2, 2)).permute(0, 1, 3, 2, 4).flatten(3, 4).flatten(1, 2)
             pixel = pixel[:, None, :height, :width]
-            if gradient_score is not None:
-                pixel = pixel + gradient_score
+            if gradient is not None:
+                pixel, coarse = pixel + gradient.fine, coarse + gradient.coarse
             pixel = _smooth(pixel)
             return _resize(coarse, features.size).add_(pixel)[:, 0]
 

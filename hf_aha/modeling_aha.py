@@ -24,7 +24,7 @@ from transformers.utils.hub import extract_commit_hash
 from .classifier_aha import FINGERPRINT_TOLERANCE, FrozenClassifier, fingerprint_distance
 from .configuration_aha import AhaConfig
 from .contrast_aha import contrast_classes, contrast_scores
-from .decoder_aha import AttributionDecoder
+from .decoder_aha import AttributionDecoder, MeanOfChannels
 from .encoder_aha import FrozenEncoder, mean_and_std
 from .gradients_aha import gradient_maps
 from .labels_aha import class_index
@@ -140,6 +140,7 @@ class AhaExplainer(PreTrainedModel):
             quarter_width=config.quarter_width,
             half_width=config.half_width,
             num_gradient_maps=config.num_gradient_maps,
+            num_gradient_token_maps=config.num_gradient_token_maps,
         )
         self.classifier: FrozenClassifier | None = None
         self.encoder: FrozenEncoder | None = None
@@ -147,7 +148,9 @@ class AhaExplainer(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, MeanOfChannels):
+            module.reset_to_start()
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
             init.kaiming_normal_(module.weight, nonlinearity="linear")
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -166,6 +169,7 @@ class AhaExplainer(PreTrainedModel):
         image_processor: BaseImageProcessor | None = None,
         encoder: str | os.PathLike[str] | None = None,
         taps: Sequence[int] | None = None,
+        gradient_layers: Sequence[int] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -188,6 +192,8 @@ class AhaExplainer(PreTrainedModel):
                 classifier itself, when left out.
             taps: layers to read, from 1; a quarter, half, three quarters and all of them when left out, or those of
                 `init_from` where it reads a model of the same depth.
+            gradient_layers: layers of the classifier whose tokens' attributions are read, for `gradient_features` of
+                2 and more; five spread over the depth when left out.
             revision, token, cache_dir, local_files_only: as in transformers, for the classifier given by id.
             dtype, attn_implementation: of the classifier given by id, and of the encoder.
             **decoder_settings: `grid_width`, `grid_depth`, `quarter_width`, `half_width`,
@@ -242,6 +248,10 @@ class AhaExplainer(PreTrainedModel):
         if taps is None:
             taps = None if start is None else taps_from(start.config, tokens_of.num_layers)
             taps = taps or _default_taps(tokens_of.num_layers)
+        if gradient_layers is None:
+            without = start is not None and start.config.gradient_features > 1 and not start.config.gradient_layers
+            wanted = decoder_settings.get("gradient_features", 0) > 1 and not without
+            gradient_layers = _default_gradient_layers(frozen.num_layers) if wanted else []
         mean, std = mean_and_std(image_processor)
         config = AhaConfig(
             base_model_name_or_path=source,
@@ -255,6 +265,7 @@ class AhaExplainer(PreTrainedModel):
             token_size=tokens_of.hidden_size,
             class_vector_size=frozen.class_vector_size,
             taps=list(taps),
+            gradient_layers=list(gradient_layers),
             encoder_name_or_path=None if encoder is None else str(encoder),
             encoder_revision=encoder_commit,
             id2label=dict(frozen.id2label),
@@ -389,6 +400,11 @@ class AhaExplainer(PreTrainedModel):
                 else "The explainer reads the classifier's own tokens: attach it without encoder=..."
             )
         name, tokens_of = ("classifier", frozen) if encoder is None else ("encoder", encoder)
+        if max(config.gradient_layers, default=0) > frozen.num_layers:
+            raise ClassifierMismatchError(
+                f"The explainer reads the attributions of layer {max(config.gradient_layers)}, but the classifier has "
+                f"{frozen.num_layers} layers."
+            )
         if max(config.taps) > tokens_of.num_layers:
             raise ClassifierMismatchError(
                 f"The explainer reads layer {max(config.taps)}, but the {name} has {tokens_of.num_layers} layers."
@@ -660,7 +676,7 @@ class AhaExplainer(PreTrainedModel):
             target: (B,) classes, or (B, M) several an image.
 
         Returns:
-            (B, num_gradient_maps, H, W), or (B * M, ...) image by image.
+            (B, num_gradient_maps + num_gradient_token_maps, H, W), or (B * M, ...) image by image.
         """
         if not self.config.gradient_features:
             return None
@@ -674,6 +690,7 @@ class AhaExplainer(PreTrainedModel):
             Normalization(self.config.image_mean, self.config.image_std),
             references=self.config.gradient_references,
             points=self.config.gradient_features,
+            layers=self.config.gradient_layers,
         )
 
     def explain(
@@ -808,6 +825,11 @@ def _check_finite(pixel_values: torch.Tensor) -> None:
 
 def _default_taps(num_layers: int) -> list[int]:
     return sorted({max(1, round(num_layers * share)) for share in (0.25, 0.5, 0.75, 1.0)})
+
+
+def _default_gradient_layers(num_layers: int) -> list[int]:
+    # Not the last: where the head reads one token, the others of the last layer have no gradient.
+    return sorted({max(1, round(num_layers * share / 6)) for share in range(1, 6)})
 
 
 def _input_size(processor: BaseImageProcessor) -> tuple[int, int] | None:

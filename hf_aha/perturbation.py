@@ -8,7 +8,14 @@ import torch
 from torch.nn import functional as F
 
 from .draws import Generators, draw_rows
-from .references_aha import IMAGENET_MEAN_RGB, REFERENCES, Normalization, gaussian_blur, reference_image
+from .references_aha import (
+    IMAGENET_MEAN_RGB,
+    REFERENCES,
+    Normalization,
+    gaussian_blur,
+    reference_image,
+    spread_cells,
+)
 
 
 def random_references(
@@ -35,11 +42,6 @@ def random_references(
 def pool_to_cells(scores: torch.Tensor, cells: tuple[int, int]) -> torch.Tensor:
     """Mean score of each cell of a rows x columns grid: (B, H, W) -> (B, rows, columns)."""
     return F.adaptive_avg_pool2d(scores[:, None], cells)[:, 0]
-
-
-def spread_cells(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Every pixel takes its cell's mask, (B, S, rows, columns) -> (B, S, H, W); borders as in a nearest resize."""
-    return F.interpolate(masks, size=size, mode="nearest-exact")
 
 
 def deletion_images(image: torch.Tensor, reference: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

@@ -103,4 +103,9 @@ def gaussian_blur(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return x
 
 
-__all__ = ["IMAGENET_MEAN_RGB", "REFERENCES", "Normalization", "gaussian_blur", "reference_image"]
+def spread_cells(masks: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Every pixel takes its cell's mask, (B, S, rows, columns) -> (B, S, H, W); borders as in a nearest resize."""
+    return F.interpolate(masks, size=size, mode="nearest-exact")
+
+
+__all__ = ["IMAGENET_MEAN_RGB", "REFERENCES", "Normalization", "gaussian_blur", "reference_image", "spread_cells"]

@@ -34,6 +34,7 @@ FILLED = {
     "half_width": 2,
     "gradient_features": 3,
     "gradient_references": ["black"],
+    "gradient_layers": [1, 3],
     "init_from": {"explainer": "org/explainer", "base_model": None, "copied": ["half_stem"], "new": ["class"]},
     "includes_classifier": True,
     "training": {"steps": 10, "loss": 0.5},
@@ -130,6 +131,7 @@ def test_a_wrong_type_is_refused_on_assignment_too():
         ),
         ("gradient_references", ["white"], "each once, but it is .'white'."),
         ("gradient_references", [], "gradient_references must be some of"),
+        ("gradient_layers", [1], "need gradient_features of at least 2, but they are .1. with gradient_features=0"),
     ],
 )
 def test_values_that_do_not_fit_are_refused(name, value, message):
@@ -174,4 +176,6 @@ def test_every_field_is_documented():
 def test_what_an_explanation_costs():
     assert (AhaConfig().num_gradient_maps, AhaConfig().passes_per_explanation) == (0, 1)
     config = AhaConfig(gradient_features=2, gradient_references=["blur", "mean", "black"])
-    assert (config.num_gradient_maps, config.passes_per_explanation) == (6, 13)
+    assert (config.num_gradient_maps, config.passes_per_explanation) == (12, 13)
+    config = AhaConfig(gradient_features=2, gradient_references=["blur", "mean"], gradient_layers=[2, 4, 6])
+    assert config.num_gradient_token_maps == 6

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from torch.nn import functional as F
+from transformers import (
+    IJepaConfig,
+    IJepaForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from hf_aha import AhaExplainer, FrozenClassifier
 from hf_aha.gradients_aha import gradient_maps
@@ -31,7 +38,13 @@ def make_classifier():
 
 def make_explainer(**settings):
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
-    settings = {"gradient_features": 1, "grid_width": 16, "quarter_width": 8, "half_width": 8} | settings
+    settings = {
+        "gradient_features": 1,
+        "gradient_references": ["blur", "mean"],
+        "grid_width": 16,
+        "quarter_width": 8,
+        "half_width": 8,
+    } | settings
     explainer = AhaExplainer.from_classifier(make_classifier(), image_processor=processor, **settings)
     return explainer.eval()
 
@@ -49,13 +62,26 @@ def test_the_maps_are_those_of_the_definition(kind, points):
     pixels, target = torch.randn(2, 3, 32, 32), torch.tensor([1, 4])
     reference = NORMALIZATION.normalize(reference_image(NORMALIZATION.denormalize(pixels), kind))
     shares = [(2 * k + 1) / (2 * points) for k in range(points)]
-    gradient = sum(
-        gradient_by_definition(model, reference + share * (pixels - reference), target) for share in shares
-    ) / len(shares)
+    gradients = [gradient_by_definition(model, reference + share * (pixels - reference), target) for share in shares]
     maps = gradient_maps(FrozenClassifier(model), pixels, target, NORMALIZATION, references=[kind], points=points)
     assert maps.dtype == torch.float32 and not maps.requires_grad
-    torch.testing.assert_close(maps[:, 0], (gradient * (pixels - reference)).sum(dim=1), atol=1e-5, rtol=1e-3)
-    torch.testing.assert_close(maps[:, 1], gradient.norm(dim=1), atol=1e-5, rtol=1e-3)
+    assert maps.shape == (2, 2 * points, 32, 32)
+    for point, gradient in enumerate(gradients):
+        product = (gradient * (pixels - reference)).sum(dim=1)
+        torch.testing.assert_close(maps[:, point], product, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(maps[:, points + point], gradient.norm(dim=1), atol=1e-5, rtol=1e-3)
+
+
+def test_several_references_come_one_after_the_other():
+    classifier, pixels, target = FrozenClassifier(make_classifier()), torch.randn(1, 3, 32, 32), torch.tensor([2])
+    settings = {"points": 2, "layers": [1, 2]}
+    both = gradient_maps(classifier, pixels, target, NORMALIZATION, references=["mean", "blur"], **settings)
+    mean, blur = (
+        gradient_maps(classifier, pixels, target, NORMALIZATION, references=[kind], **settings)
+        for kind in ("mean", "blur")
+    )
+    expected = [part[:, rows] for rows in (slice(0, 2), slice(2, 4), slice(4, 6)) for part in (mean, blur)]
+    torch.testing.assert_close(both, torch.cat(expected, dim=1))
 
 
 def test_many_points_add_up_to_the_difference_of_log_probabilities():
@@ -65,7 +91,73 @@ def test_many_points_add_up_to_the_difference_of_log_probabilities():
     black = NORMALIZATION.normalize(torch.zeros_like(pixels))
     with torch.no_grad():
         at = [model(x).logits.log_softmax(-1)[torch.arange(2), target] for x in (pixels, black)]
-    torch.testing.assert_close(maps[:, 0].sum(dim=(1, 2)), at[0] - at[1], atol=1e-2, rtol=1e-2)
+    estimate = maps[:, :64].mean(dim=1).sum(dim=(1, 2))
+    torch.testing.assert_close(estimate, at[0] - at[1], atol=1e-2, rtol=1e-2)
+
+
+def test_attributions_of_tokens_add_up_to_what_the_later_blocks_do():
+    # I-JEPA has no prefix tokens, so that all evidence passes through the patch tokens of every layer.
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = IJepaConfig(**sizes, image_size=32, patch_size=8, num_labels=5, initializer_range=0.3)
+    model = IJepaForImageClassification(config).eval()
+    pixels, target = torch.randn(2, 3, 32, 32), torch.tensor([0, 3])
+    maps = gradient_maps(
+        FrozenClassifier(model), pixels, target, NORMALIZATION, references=["black"], points=64, layers=[1, 2]
+    )
+    black = NORMALIZATION.normalize(torch.zeros_like(pixels))
+    with torch.no_grad():
+        at = [model(x).logits.log_softmax(-1)[torch.arange(2), target] for x in (pixels, black)]
+    token_maps = maps[:, 128:]
+    patches = token_maps.unflatten(2, (4, 8)).unflatten(4, (4, 8))
+    assert (patches == patches[:, :, :, :1, :, :1]).all(), "the map must be constant over a patch"
+    sums = patches[:, :, :, 0, :, 0].sum(dim=(2, 3))
+    torch.testing.assert_close(sums, (at[0] - at[1])[:, None].expand(2, 2), atol=2e-2, rtol=2e-2)
+
+
+def test_the_last_layer_of_a_class_token_model_has_no_attribution_and_no_error():
+    maps = gradient_maps(
+        FrozenClassifier(make_classifier()),
+        torch.randn(1, 3, 32, 32),
+        torch.tensor([0]),
+        NORMALIZATION,
+        points=2,
+        layers=[1, 2],
+    )
+    assert maps[:, 4].abs().max() > 0 and maps[:, 5].abs().max() == 0
+
+
+def test_layers_need_two_points_and_must_exist():
+    arguments = FrozenClassifier(make_classifier()), torch.randn(1, 3, 32, 32), torch.tensor([0]), NORMALIZATION
+    with pytest.raises(ValueError, match="need two points at least, but points is 1"):
+        gradient_maps(*arguments, points=1, layers=[1])
+    with pytest.raises(ValueError, match="Layer 3 was asked"):
+        gradient_maps(*arguments, points=2, layers=[3])
+    with pytest.raises(ValueError, match="attributions of layer 3, but the classifier has 2 layers"):
+        make_explainer(gradient_features=2, gradient_layers=[3])
+
+
+def test_two_points_bring_the_tokens_of_layers_spread_over_the_depth():
+    assert make_explainer().config.gradient_layers == []
+    assert make_explainer(gradient_features=2).config.gradient_layers == [1, 2]
+    assert make_explainer(gradient_features=2, gradient_layers=[2]).config.num_gradient_token_maps == 2
+    assert make_explainer(gradient_features=2, gradient_layers=[]).config.num_gradient_token_maps == 0
+
+
+def test_before_training_the_scores_are_integrated_gradients_of_tokens_and_pixels():
+    explainer = make_explainer(gradient_features=2, gradient_layers=[2, 1], gradient_references=["blur"])
+    pixels, target = torch.randn(1, 3, 32, 32), torch.tensor([3])
+    maps = explainer.gradients(pixels, target)
+    features = explainer.decoder.gradient_stem(maps, (4, 4), (16, 16))
+    unit = maps / maps.square().mean(dim=(2, 3), keepdim=True).sqrt().clamp_min(1e-30)
+    torch.testing.assert_close(features.fine, unit[:, :2].mean(dim=1, keepdim=True))
+    torch.testing.assert_close(features.coarse, unit[:, 4:, ::8, ::8].mean(dim=1, keepdim=True))
+    # Nothing else has a say yet: the sum's details go through the decoder's [1 2 1]/4 filter, its patches do not.
+    kernel = torch.tensor([1.0, 2, 1]) / 4
+    fine = F.pad(features.fine, (1, 1, 1, 1), mode="replicate")
+    fine = F.conv2d(fine, kernel.outer(kernel)[None, None])
+    coarse = F.interpolate(features.coarse, size=(32, 32), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(explainer(pixels, target).scores, (fine + coarse)[:, 0], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -108,7 +200,7 @@ def test_the_settings_survive_saving_and_loading(tmp_path):
     loaded = AhaExplainer.from_pretrained(tmp_path, classifier=explainer.classifier.model)
     pixels = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(loaded(pixels).scores, explainer(pixels).scores)
-    assert loaded.config.passes_per_explanation == 9
+    assert loaded.config.passes_per_explanation == 9 and loaded.config.gradient_layers == [1, 2]
 
 
 @pytest.mark.parametrize("scope", ["scores", "latent", "decoder"])
