@@ -29,6 +29,9 @@ def start_decoder(
     channels mean something else unless it descends from the same weights: where it does, that is most of what there
     is to carry over; where it does not, they are as good a start as random ones (`docs/method.md` has the trial).
 
+    A decoder that reads gradients starts from their scores. Where the trained one reads none, its own scores stay
+    behind, because they would outweigh those; what computes them is copied.
+
     Args:
         decoder, config: of the new explainer; the decoder's weights are overwritten in place.
         source, source_config: of the trained one; only read.
@@ -46,6 +49,7 @@ def start_decoder(
     """
     own, theirs = _parts(decoder), _parts(source)
     places = dict(zip(range(len(config.taps)), _taps_from(config.taps, source_config.taps), strict=True))
+    left = () if "gradient_stem" in theirs or "gradient_stem" not in own else ("grid_score", "pixel_score")
     copied, new = [], []
     with torch.no_grad():
         for part, tensors in own.items():
@@ -54,7 +58,7 @@ def start_decoder(
                 place = places[int(part.removeprefix("taps."))]
                 start, share = f"taps.{place}", 1 / list(places.values()).count(place)
             found = theirs.get(start, {})
-            if _shapes(found) != _shapes(tensors):
+            if part in left or _shapes(found) != _shapes(tensors):
                 new.append(part)
                 continue
             found = _for_pixels_of(part, found, source_config, config)

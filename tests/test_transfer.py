@@ -80,6 +80,17 @@ def assert_told_truly(explainer, source, check_values=True):
 # ---------------------------------------------------------------------------------------------------- what is copied
 
 
+def test_a_decoder_that_reads_gradients_leaves_the_scores_of_one_that_does_not(make_explainer, source):
+    explainer = make_explainer(sizes=SIZES | {"gradient_features": 2}, init_from=source)
+    assert set(explainer.config.init_from["new"]) == {"grid_score", "pixel_score", "gradient_stem"}
+    assert_told_truly(explainer, source)
+    assert explainer.decoder.grid_score.weight.abs().max() == 0
+    # From one that reads gradients as well, everything is taken.
+    again = make_explainer(sizes={}, init_from=randomised(explainer))
+    assert again.config.init_from["new"] == [] and again.config.gradient_layers == explainer.config.gradient_layers
+    assert_told_truly(again, explainer)
+
+
 def test_another_head_and_patch_size_leave_every_shape(make_explainer, source):
     before = copy.deepcopy(source.decoder.state_dict())
     new = make_explainer(sizes={}, init_from=source, num_labels=7, patch_size=16, seed=1)
