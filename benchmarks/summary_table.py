@@ -4,7 +4,7 @@
     python benchmarks/summary_table.py benchmarks/results/vit-s14/benchmark --file README.md
 
 One row a method, one column a granularity of the protocol `hf_aha`: insertion minus deletion area, the mean of the
-blurred and the mean-coloured reference, with its 95 % percentile bootstrap interval over images; then what a map costs.
+blurred and the mean-coloured reference, with its 95 % percentile bootstrap interval over images; then a map's cost.
 Every method is compared with the first of the folder on the images that both were measured on: an asterisk marks a
 difference whose paired interval does not hold zero. Rows are in the order of their patch column.
 """
@@ -73,10 +73,11 @@ def summary_table(results: BenchmarkResults) -> str:
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("hf-aha", "torch", "transformers"))
     return (
         f"{table(header, rows)}\n\n"
-        f"*Insertion minus deletion area (higher is better) for `{classifier}`, protocol `hf_aha` version 1, the mean of its "
-        f"two references; photographs of the split `{context['split']}` of {dataset}, drawn with seed {run['seed']}; "
+        f"*Insertion minus deletion area (higher is better) for `{classifier}`, protocol `hf_aha` version 1, the mean "
+        f"of its two references; photographs of the split `{context['split']}` of {dataset}, seed {run['seed']}; "
         "brackets are 95 % intervals over photographs, an asterisk marks a significant paired difference to "
-        f"{results.methods[0].title}. {libraries}. The explainers were trained on these metrics, on other photographs.*"
+        f"{results.methods[0].title}. {libraries}. The explainers were trained on these metrics, on other "
+        "photographs.*"
     )
 
 
