@@ -23,6 +23,8 @@ from hf_aha.metrics.curves import deletion_insertion_curves
 from hf_aha.objectives import FaithfulnessObjective
 from hf_aha.perturbation import Normalization, reference_image
 from hf_aha.refinement import DECODER_LAYERS, LEARNING_RATES, SCOPES, RefinementOutput, refine
+from hf_aha.refinement_curves import MeasuredCurves, most_sensitive
+from hf_aha.refinement_scopes import make_start
 
 
 SIZES = {"grid_width": 16, "grid_depth": 1, "quarter_width": 8, "half_width": 8}
@@ -328,6 +330,126 @@ def test_max_passes_is_kept(explainer):
         refine(explainer, pixel_values, curve_points=POINTS, max_passes=6)
 
 
+# ------------------------------------------------------------------------------------ adaptive
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("steps", [0, 1, 4, 5])
+def test_adaptive_passes_are_those_that_ran(explainer, scope, steps):
+    counter = Counter(explainer)
+    found = refine(
+        explainer, photographs(2), scope=scope, steps=steps, curve_points=POINTS, adaptive=True, tolerance=1e-12
+    )
+    # All six perturbed images before the first update and at every second map, and the last; else two with gradient.
+    forward = {0: 6, 1: 12, 4: 6 + 2 + 6 + 2 + 6, 5: 6 + 2 + 6 + 2 + 6 + 6}[steps]
+    backward = {0: 0, 1: 6, 4: 6 + 3 * 2, 5: 6 + 4 * 2}[steps]
+    if found.steps_taken.tolist() == [steps] * 2:
+        assert (counter.forward, counter.backward) == (2 * (1 + forward), 2 * backward)
+        assert found.passes.tolist() == [1 + forward + backward] * 2
+    assert int(found.passes.sum()) == counter.forward + counter.backward
+    assert bool((found.gain >= 0).all())
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_adaptive_maps_are_worth_what_they_say_and_do_not_feel_their_batch(explainer, scope):
+    pixel_values = photographs(3)
+    settings = {"scope": scope, "steps": 6, "curve_points": POINTS, "adaptive": True}
+    found = refine(explainer, pixel_values, **settings)
+    expected = measure(explainer, pixel_values, found.scores, found.target)
+    torch.testing.assert_close(found.value, expected, atol=2e-6, rtol=0)
+    assert bool((found.gain >= 0).all()) and bool((found.gain > 0).any())
+    alone = refine(explainer, pixel_values[1:2], **settings)
+    torch.testing.assert_close(alone.value[0], found.value[1], atol=1e-4, rtol=0)
+    assert int(alone.passes) == int(found.passes[1])
+
+
+def test_adaptive_gains_most_of_it_for_fewer_passes(linear):
+    explainer, pixel_values, _ = linear
+    settings = {"reference": "black", "steps": 10, "curve_points": 9}
+    full = refine(explainer, pixel_values, 1, **settings)
+    adaptive = refine(explainer, pixel_values, 1, adaptive=True, **settings)
+    assert adaptive.passes.float().mean() < 0.6 * full.passes.float().mean()
+    assert adaptive.gain.mean() > 0.8 * full.gain.mean()
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_the_way_up_is_told(explainer, adaptive):
+    pixel_values = photographs(3)
+    settings = {"curve_points": POINTS, "adaptive": adaptive, "tolerance": 2e-3}
+    found = refine(explainer, pixel_values, steps=9, **settings)
+    assert found.best_values.shape == found.best_passes.shape
+    assert torch.equal(found.best_values[:, 0], found.initial_value)
+    assert torch.equal(found.best_values[:, -1], found.value)
+    assert bool((found.best_values.diff(dim=1) >= 0).all()) and bool((found.best_passes.diff(dim=1) >= 0).all())
+    assert torch.equal(found.best_passes[:, -1], found.passes) or not bool((found.steps_taken == 9).all())
+    # A run that ends earlier has just the value and the cost that the longer one tells for that place.
+    shorter = refine(explainer, pixel_values, steps=2, **settings)
+    place = 1 if adaptive else 2
+    torch.testing.assert_close(shorter.value, found.best_values[:, place], atol=1e-6, rtol=0)
+    assert torch.equal(shorter.passes, found.best_passes[:, place])
+
+
+def test_max_passes_is_kept_when_adaptive(explainer):
+    pixel_values = photographs(2)
+    settings = {"curve_points": POINTS, "adaptive": True, "tolerance": 1e-12}
+    costs = {0: 7, 1: 19, 2: 23, 3: 31, 4: 35}
+    for allowed, steps in ((7, 0), (18, 0), (19, 1), (22, 1), (23, 2), (34, 3), (35, 4)):
+        found = refine(explainer, pixel_values, steps=9, max_passes=allowed, **settings)
+        assert bool((found.passes <= allowed).all())
+        assert bool((found.steps_taken <= steps).all())
+        for taken, passes in zip(found.steps_taken.tolist(), found.passes.tolist(), strict=True):
+            assert taken < steps or passes == costs[steps]
+
+
+def test_the_default_tolerance_is_that_of_adaptive_runs_only(explainer, monkeypatch):
+    monkeypatch.setattr("hf_aha.refinement.ADAPTIVE_TOLERANCE", 10.0)
+    found = refine(explainer, photographs(2), steps=9, curve_points=POINTS, adaptive=True)
+    assert found.steps_taken.tolist() == [4, 4], "two measurements of two steps each"
+    assert refine(explainer, photographs(2), steps=6, curve_points=POINTS).steps_taken.tolist() == [6, 6]
+
+
+@pytest.mark.parametrize("contrast", [False, True])
+def test_gradients_and_sensitivity_of_chosen_points(explainer, contrast):
+    """Against autograd through soft masks written out here, point by point."""
+    pixel_values = photographs(2)
+    target, against = torch.tensor([3, 1]), torch.tensor([0, 2]) if contrast else None
+    with torch.no_grad():
+        start = make_start(explainer, pixel_values, target, against, "blur", 0)
+    curves = MeasuredCurves(explainer, start, POINTS, max_batch=4)
+    chosen = torch.zeros(2, 2, POINTS, dtype=torch.bool)
+    chosen[0, 0, 1] = chosen[0, 1, 1] = chosen[1, 1, 2] = True
+    rows = torch.arange(2)
+    everything = curves(start.scores, rows, torch.ones_like(chosen))
+    some = curves(start.scores, rows, chosen)
+    partial = curves(start.scores, rows, chosen, whole=False)
+    torch.testing.assert_close(some.values, everything.values, atol=1e-6, rtol=0)
+    assert partial.values is None
+    torch.testing.assert_close(partial.gradient, some.gradient, atol=1e-7, rtol=1e-4)
+    torch.testing.assert_close(some.sensitivity, everything.sensitivity, atol=1e-6, rtol=0)
+    assert not bool(partial.sensitivity[~chosen].any())
+    rest = curves(start.scores, rows, ~chosen)
+    torch.testing.assert_close(some.gradient + rest.gradient, everything.gradient, atol=1e-6, rtol=1e-4)
+
+    # One perturbed image: deletion of the third point of the second photograph.
+    counts = round(3 / (POINTS + 1) * start.scores[1].numel())
+    order = start.scores[1].flatten().argsort(descending=True, stable=True)
+    mask = torch.zeros(start.scores[1].numel()).index_fill(0, order[:counts], 1.0).view_as(start.scores[1])
+    deleted = torch.where(mask.bool(), reference_of(pixel_values)[1], pixel_values[1])
+    logits = explainer.classifier(deleted[None]).logits.detach().requires_grad_()
+    lead = logits.softmax(-1)[0, 1] - (logits.softmax(-1)[0, 2] if contrast else 0)
+    expected = torch.autograd.grad(lead, logits)[0].norm()
+    torch.testing.assert_close(some.sensitivity[1, 1, 2], expected, atol=1e-6, rtol=1e-4)
+
+
+def test_the_most_sensitive_points_are_taken_image_by_image():
+    sensitivity = torch.tensor([[[0.1, 0.9, 0.2], [0.3, 0.0, 0.8]], [[0.0, 0.0, 0.5], [0.4, 0.3, 0.2]]])
+    chosen = most_sensitive(sensitivity, 2)
+    assert chosen.tolist() == [
+        [[False, True, False], [False, False, True]],
+        [[False, False, True], [True, False, False]],
+    ]
+
+
 # ------------------------------------------------------------------------------------ shapes and classes
 
 
@@ -376,6 +498,7 @@ def test_the_layers_that_move_exist_and_follow_the_grid(explainer):
         ({"learning_rate": 0.0}, "learning_rate must be a positive number, or None, but it is 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be a positive number, or None, but it is nan"),
         ({"tolerance": -1e-3}, "tolerance must be a positive number, or None, but it is -0.001"),
+        ({"adaptive": 1}, "adaptive must be True or False, but it is 1"),
         ({"target": 5}, "class index 5 is out of range"),
         ({"target": torch.zeros(2, 2, dtype=torch.long)}, r"shape \(2, 2\), but refinement takes one class an image"),
     ],
