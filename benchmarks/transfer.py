@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import shutil
 import sys
@@ -39,24 +38,16 @@ from types import ModuleType
 import torch
 from accelerate.utils import set_seed
 from measuring import find_device, provenance, provenance_line, write_json
+from recipe_runs import SETTINGS, held_out, interval, measure, prepare_classifier, recipe_script
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-import hf_aha
 from hf_aha import AhaExplainer
-from hf_aha.data import Photographs, ProcessorCrop, collate, load_photographs
-from hf_aha.metrics.curves import deletion_insertion_curves
-from hf_aha.metrics.passes import TargetPasses
-from hf_aha.metrics.results import bootstrap
-from hf_aha.perturbation import Normalization, reference_image
 from hf_aha.transfer_aha import public_name
 
 
 ARMS = ("scratch", "transfer", "readers-new")
-SETTINGS = ("blur/pixel", "blur/cell", "mean/pixel", "mean/cell")
 # Weights that read the classifier.
 READERS = ("taps.", "class_")
-ELEVEN = tuple(step / 10 for step in range(11))
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
 @dataclass(frozen=True)
@@ -73,16 +64,6 @@ class Row:
     def name(self) -> str:
         """A folder name."""
         return "-".join(str(value).replace("/", "--") for value in asdict(self).values())
-
-
-def recipe_script() -> ModuleType:
-    """recipes/train_explainer.py, wherever this script is run from."""
-    spec = importlib.util.spec_from_file_location("train_explainer", RECIPES / "train_explainer.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules["train_explainer"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def with_shuffled_channels(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
@@ -114,17 +95,15 @@ def with_shuffled_channels(model: PreTrainedModel, seed: int = 0) -> PreTrainedM
 
 def prepare_target(target: str, folder: Path, shuffled: bool) -> str:
     """A folder or id that the recipe takes as its classifier, with its image processor beside it."""
-    bundled = Path(hf_aha.__file__).parent / "bundled" / target
-    is_bundled = not Path(target).is_dir() and (bundled / "classifier").is_dir()
-    if not is_bundled and not shuffled:
-        return target
-    found = folder / f"{Path(target).name}{'-shuffled' if shuffled else ''}"
+    plain = prepare_classifier(target, folder)
+    if not shuffled:
+        return plain
+    found = folder / f"{Path(target).name}-shuffled"
     if not (found / "preprocessor_config.json").is_file():
-        source = str(bundled / "classifier") if is_bundled else target
-        model = AutoModelForImageClassification.from_pretrained(source, dtype=torch.float32)
-        (with_shuffled_channels(model) if shuffled else model).save_pretrained(found)
+        model = AutoModelForImageClassification.from_pretrained(plain, dtype=torch.float32)
+        with_shuffled_channels(model).save_pretrained(found)
         # Last, because its presence says that the folder is whole.
-        AutoImageProcessor.from_pretrained(str(bundled) if is_bundled else target).save_pretrained(found)
+        AutoImageProcessor.from_pretrained(plain).save_pretrained(found)
     return str(found)
 
 
@@ -148,36 +127,6 @@ def build(recipe: ModuleType, words: Sequence[str], arm: str, init_from: str) ->
     return args, transferred
 
 
-@torch.no_grad()
-def quality(
-    explainer: AhaExplainer, photographs: Photographs, rows: int, settings: Sequence[str], batch_size: int = 8
-) -> list[float]:
-    """Insertion minus deletion area of each photograph, the mean over the settings."""
-    explainer.eval()
-    passes = TargetPasses(explainer.classifier)
-    normalization = Normalization(explainer.config.image_mean, explainer.config.image_std)
-    values: list[float] = []
-    for start in range(0, rows, batch_size):
-        pixel_values = collate([photographs[row] for row in range(start, min(start + batch_size, rows))]).pixel_values
-        pixel_values = pixel_values.to(passes.device)
-        output = explainer(pixel_values)
-        found = []
-        for setting in settings:
-            kind, unit = setting.split("/")
-            curves = deletion_insertion_curves(
-                passes,
-                pixel_values,
-                normalization.normalize(reference_image(normalization.denormalize(pixel_values), kind)),
-                output.scores,
-                output.target,
-                fractions=ELEVEN,
-                cells=explainer.classifier.grid(*pixel_values.shape[-2:]) if unit == "cell" else None,
-            )
-            found.append(curves.insertion_auc - curves.deletion_auc)
-        values += torch.stack(found).mean(0).tolist()
-    return values
-
-
 def run_row(
     recipe: ModuleType, args: argparse.Namespace, row: Row, classifier: str, init_from: str
 ) -> dict[str, object]:
@@ -192,16 +141,15 @@ def run_row(
     if row.steps:
         trainer = recipe.AhaTrainer(explainer, recipe_args, *recipe.build_datasets(recipe_args, explainer))
         explainer = trainer.train()
-    dataset, column = load_photographs(args.dataset, split=args.split)
-    photographs = Photographs(dataset.shuffle(seed=0), column, ProcessorCrop(explainer.image_processor))
-    values = quality(explainer, photographs, min(args.eval_rows, len(photographs)), args.settings)
+    photographs = held_out(explainer, args.dataset, args.split)
+    values = measure(explainer, photographs, min(args.eval_rows, len(photographs)), args.settings).mean_areas()
     shutil.rmtree(folder, ignore_errors=True)
     return {
         **asdict(row),
         "images_seen": explainer.config.training["images_seen"] if row.steps else 0,
         "copied": [] if started is None else started["copied"],
         "new": [] if started is None else started["new"],
-        "values": [round(value, 5) for value in values],
+        "values": [round(value, 5) for value in values.tolist()],
     }
 
 
@@ -246,18 +194,13 @@ def summarise(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
         paired = [row for row in of_seeds if row["seed"] in scratch]
         entry = {"target": target, "init_from": init_from, "steps": steps, "arm": arm}
         entry |= {"images_seen": of_seeds[0]["images_seen"], "seeds": len(of_seeds)}
-        entry["value"] = _interval(torch.tensor([row["values"] for row in of_seeds]).mean(0))
+        entry["value"] = interval(torch.tensor([row["values"] for row in of_seeds]).mean(0))
         if arm != "scratch" and paired:
             differences = torch.tensor([row["values"] for row in paired])
             differences -= torch.tensor([scratch[row["seed"]]["values"] for row in paired])
-            entry["minus_scratch"] = _interval(differences.mean(0))
+            entry["minus_scratch"] = interval(differences.mean(0))
         found.append(entry)
     return found
-
-
-def _interval(values: torch.Tensor) -> dict[str, float | int | None]:
-    found = bootstrap(values.numpy(), 0, "quality")
-    return {"mean": found.mean, "low": found.low, "high": found.high, "images": found.images}
 
 
 def plot(points: Sequence[Mapping[str, object]], path: Path) -> None:

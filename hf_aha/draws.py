@@ -40,6 +40,11 @@ class StepDraws:
         """The generators of optimiser step `step`, for a batch of these rows of the dataset."""
         return cls(_generator(seed, step), tuple(_generator(seed, step, row) for row in rows))
 
+    def times(self, count: int) -> StepDraws:
+        """For a batch that stands `count` times behind itself; an image's generator goes on from one to the next."""
+        one = count == 1 or isinstance(self.images, torch.Generator)
+        return self if one else StepDraws(self.shared, tuple(self.images) * count)
+
 
 def draw_rows(
     draw: Callable[[Sequence[int], torch.Generator | None], torch.Tensor], shape: Sequence[int], generator: Generators

@@ -26,7 +26,7 @@ from .card_files import TRAINING_FOLDER, TRAINING_LOG, TRAINING_PLOT
 from .checkpoints import clear_leftovers
 from .data import Photographs, UnreadableDataError, mosaic
 from .differentiable_passes import DifferentiablePasses, enable_checkpointing
-from .draws import Generators, StepDraws, uniform
+from .draws import StepDraws
 from .files import folder_in_one_step, write_atomically
 from .finite_steps import FiniteSteps, poisoned
 from .hub import add_card
@@ -42,6 +42,7 @@ from .streaming import PhotographStream
 from .tracking import ProgressLine, RunTrackers, check_trackers
 from .training_args import AhaTrainingArguments
 from .training_batches import TrainingBatches
+from .training_classes import first_classes, second_classes
 from .training_log import append_entries, read_whole_entries
 from .training_state import TrainingState
 from .training_uploads import TrainingUploads
@@ -90,8 +91,9 @@ class AhaTrainer:
         *,
         trackers: Sequence[GeneralTracker] = (),
     ):
-        if args.target_classes == "label" and train_dataset.label_column is None:
-            raise ValueError("target_classes is 'label', but the training dataset has no label column; name one.")
+        for name in ("target_classes", "second_class"):
+            if getattr(args, name) == "label" and train_dataset.label_column is None:
+                raise ValueError(f"{name} is 'label', but the training dataset has no label column; name one.")
         check_trackers(args.report_to or [])
         self.args = args
         self.output = Path(args.output_dir)
@@ -277,7 +279,8 @@ class AhaTrainer:
             BatchDoesNotFitError: the memory is exhausted.
         """
         points = self.objective.curve_points or self.objective.num_bins - 1
-        with memory_errors_explained(len(labels), 2 * points * len(labels), self.step, self.accelerator.device):
+        perturbed = 2 * points * len(labels) * (1 if self.args.second_class == "none" else 2)
+        with memory_errors_explained(len(labels), perturbed, self.step, self.accelerator.device):
             draws = StepDraws.of(self.args.seed, self.step, indices.tolist())
             pixel_values, target, scores = self._scores_of(self.decoder, pixel_values, labels, draws)
             if self.finite_steps.check("scores", scores):
@@ -304,12 +307,19 @@ class AhaTrainer:
     def _scores_of(
         self, decoder: Callable[..., torch.Tensor], pixel_values: torch.Tensor, labels: torch.Tensor, draws: StepDraws
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The pixels as they are trained on, the classes explained, and their scores."""
+        """The pixels as they are trained on, the classes explained, and their scores.
+
+        With a second class the batch stands twice behind itself, but goes through the plain classifier once.
+        """
         device = self.accelerator.device
         pixel_values = mosaic(pixel_values, self.args.mosaic_share, draws.images).to(device)
         with torch.no_grad(), self.accelerator.autocast():
             tokens, logits = self.explainer.features(pixel_values)
-            target = self._training_target(logits.float(), labels.to(device), draws.images)
+            logits, labels = logits.float(), labels.to(device)
+            target = first_classes(self.args.target_classes, logits, labels, draws.images)
+            if self.args.second_class != "none":
+                target = torch.cat([target, second_classes(self.args.second_class, logits, labels, target)])
+                pixel_values, tokens = torch.cat([pixel_values] * 2), [torch.cat([each] * 2) for each in tokens]
             gradients = self.explainer.gradients(pixel_values, target)
         return pixel_values, target, decoder(tokens, pixel_values, self.classifier.class_vectors(target), gradients)
 
@@ -322,6 +332,8 @@ class AhaTrainer:
         draws: StepDraws,
     ) -> ObjectiveOutput:
         tau = self.args.tau(self.step)
+        if self.args.second_class != "none":
+            draws = draws.times(2)
         return objective(
             scores.float(), pixel_values, target, self._logits_of, self.normalization, tau=tau, generator=draws
         )
@@ -370,15 +382,6 @@ class AhaTrainer:
             self._log({"step": self.step, **measured})
             self.validated = self.step
         self.decoder.train()
-
-    def _training_target(self, logits: torch.Tensor, labels: torch.Tensor, generator: Generators) -> torch.Tensor:
-        if self.args.target_classes == "label":
-            return labels
-        if self.args.target_classes == "sampled":
-            below = logits.softmax(-1).cumsum(-1)
-            drawn = uniform((len(logits), 1), generator).to(below) * below[:, -1:]
-            return torch.searchsorted(below, drawn, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
-        return logits.argmax(-1)
 
     def _final_decoder(self) -> torch.nn.Module:
         return self.whole.module if self.average is None else self.average.module

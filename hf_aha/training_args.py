@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .objectives import FaithfulnessObjective
 from .perturbation import REFERENCES
+from .training_classes import SECOND_CLASSES
 
 
 _COUNTS = (
@@ -130,6 +131,13 @@ class AhaTrainingArguments:
         default="predicted",
         metadata=_help("Class explained in training: predicted, label, or sampled from the predicted probabilities."),
     )
+    second_class: str = field(
+        default="none",
+        metadata=_help(
+            "Another class explained on every image of a step: none, rival (the most probable other one), or label "
+            "(the rival where the label is the first class)."
+        ),
+    )
     mosaic_share: float = field(
         default=0.0, metadata=_help("Share of images pasted together from two photographs, so that classes compete.")
     )
@@ -146,6 +154,9 @@ class AhaTrainingArguments:
     blur_sigma: float | None = field(default=None, metadata=_help("Override: blur, as a share of the side."))
     mask_smoothing: float | None = field(default=None, metadata=_help("Override: Gaussian on the masks, in pixels."))
     peak_weight: float | None = field(default=None, metadata=_help("Override: weight of the peak penalty."))
+    tv_weight: float | None = field(
+        default=None, metadata=_help("Override: weight of the total variation of the standardised scores.")
+    )
     score: str | None = field(default=None, metadata=_help("Override: probability or log_odds."))
 
     log_steps: int = field(default=10, metadata=_help("Steps between log lines."))
@@ -199,6 +210,8 @@ class AhaTrainingArguments:
                 raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}.")
         if self.target_classes not in ("predicted", "label", "sampled"):
             raise ValueError(f"target_classes must be predicted, label or sampled, but it is {self.target_classes!r}.")
+        if self.second_class not in SECOND_CLASSES:
+            raise ValueError(f"second_class must be none, rival or label, but it is {self.second_class!r}.")
         for name in ("tau_start", "tau_end", "learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, but it is {getattr(self, name)}.")

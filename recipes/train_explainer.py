@@ -52,7 +52,7 @@ class RecipeArguments(AhaTrainingArguments):
     )
     label_column: str | None = field(
         default=None,
-        metadata={"help": "Column of class numbers; target_classes: label finds it if there is one only."},
+        metadata={"help": "Column of class numbers; found if there is one only, where a setting asks for label."},
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read the dataset while training instead of storing it first."}
@@ -164,7 +164,7 @@ def build_datasets(
     common = {"config_name": args.dataset_config, "image_column": args.image_column}
     rows, column = load(args.dataset, split=args.train_split, **common)
     labels = args.label_column
-    if labels is None and args.target_classes == "label":
+    if labels is None and "label" in (args.target_classes, args.second_class):
         labels = find_label_column(rows.features)
     if args.streaming:
         train = PhotographStream(rows, column, crop, labels, seed=args.seed, shuffle_buffer=args.shuffle_buffer)

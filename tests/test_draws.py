@@ -39,6 +39,15 @@ def test_seeds_steps_and_rows_draw_apart():
     assert abs(torch.corrcoef(torch.stack([first[:-1], first[1:]]))[0, 1]) < 0.06
 
 
+def test_a_batch_behind_itself_draws_anew_and_an_image_still_alone():
+    whole = numbers(StepDraws.of(0, 12, ROWS).times(2))
+    assert len(whole.unique(dim=0)) == 2 * len(ROWS)
+    parts = [numbers(StepDraws.of(0, 12, [row]).times(2)) for row in ROWS]
+    assert torch.equal(whole, torch.cat([torch.stack([part[place] for part in parts]) for place in (0, 1)]))
+    one = StepDraws(torch.Generator(), torch.Generator())
+    assert one.times(2) is one
+
+
 def test_one_generator_draws_as_it_did_for_a_whole_batch():
     one, two = (torch.Generator().manual_seed(5) for _ in range(2))
     assert torch.equal(uniform((3, 2), one), torch.rand(3, 2, generator=two))

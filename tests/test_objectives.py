@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_aha.objectives import FaithfulnessObjective, _log_odds, peak_penalty
+from hf_aha.objectives import FaithfulnessObjective, _log_odds, peak_penalty, score_variation
 from hf_aha.perturbation import Normalization, reference_image
 
 
@@ -218,6 +218,33 @@ def test_the_peak_penalty_enters_the_loss_by_its_weight(case):
     assert weighted.peak_penalty.item() == plain.peak_penalty.item()
 
 
+def test_the_variation_of_the_scores_equals_a_plain_loop_and_ignores_their_scale():
+    scores = torch.randn(2, 5, 7)
+    total, pairs = 0.0, 0
+    for one in scores:
+        one = (one - one.mean()) / one.std(correction=0)
+        for y, x in itertools.product(range(5), range(7)):
+            for below, right in ((y + 1, x), (y, x + 1)):
+                if below < 5 and right < 7:
+                    total, pairs = total + abs(float(one[y, x] - one[below, right])), pairs + 1
+    assert score_variation(scores).item() == pytest.approx(total / pairs, rel=1e-5)
+    assert score_variation(40 * scores + 3).item() == pytest.approx(total / pairs, rel=1e-4)
+    assert score_variation(torch.randn(4, 100, 100)).item() == pytest.approx(2 / math.pi**0.5, rel=0.02)
+    with pytest.raises(ValueError, match=r"scores have shape \(3, 1, 1\), but must be"):
+        score_variation(torch.zeros(3, 1, 1))
+
+
+def test_the_variation_enters_the_loss_by_its_weight_and_its_gradient_smooths(case):
+    scores, pixels, target, logits_of = case
+    plain = evaluate(EXACT, scores, pixels, target, logits_of)
+    weighted = evaluate(replace(EXACT, tv_weight=2.0), scores, pixels, target, logits_of)
+    assert (weighted.loss - plain.loss).item() == pytest.approx(2 * score_variation(scores).item(), abs=1e-5)
+    scores.requires_grad_()
+    before = score_variation(scores)
+    before.backward()
+    assert score_variation(scores.detach() - 5 * scores.grad) < before
+
+
 def test_log_odds_stay_finite_where_the_probability_saturates():
     logits = torch.tensor([[200.0, 0.0], [-200.0, 0.0], [20.0, 0.0], [0.3, 0.0]], requires_grad=True)
     odds = _log_odds(logits.log_softmax(-1)[:, 0])
@@ -238,6 +265,7 @@ def test_log_odds_stay_finite_where_the_probability_saturates():
         ({"curve_points": 20}, "curve_points must lie in 0..num_bins-1, but it is 20"),
         ({"grid_range": (0, 4)}, "grid_range must be two rising numbers from 1 on"),
         ({"noise": -1.0}, "noise must not be negative"),
+        ({"tv_weight": -1.0}, "tv_weight must not be negative"),
     ],
 )
 def test_unusable_settings_are_refused(setting, message):

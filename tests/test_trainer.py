@@ -19,6 +19,7 @@ from transformers import ViTImageProcessor
 from hf_aha import AhaExplainer
 from hf_aha.data import Photographs, ProcessorCrop, RandomCrop, load_photographs
 from hf_aha.decoder_aha import AttributionDecoder
+from hf_aha.draws import StepDraws
 from hf_aha.trainer import AhaTrainer, UnreadableDataError
 from hf_aha.training_args import AhaTrainingArguments
 
@@ -367,6 +368,8 @@ def test_a_dataset_without_a_readable_row_is_refused(tmp_path, explainer, make_p
         {"target_classes": "sampled", "mosaic_share": 1.0},
         {"target_classes": "label", "gradient_accumulation_steps": 2},
         {"preset": "paper", "grid_range": [4, 6]},
+        {"target_classes": "sampled", "second_class": "rival", "gradient_accumulation_steps": 2},
+        {"second_class": "label", "tv_weight": 0.3},
         {"ranker": "transport", "score": "log_odds", "curve_points": 0, "num_bins": 4, "ema_decay": 0.0},
         {"per_device_batch_size": 50, "dataloader_num_workers": 1},  # more than there are rows
     ],
@@ -378,20 +381,37 @@ def test_settings_run(tmp_path, explainer, make_photographs, changes):
     assert all(np.isfinite(value) for value in entry.values())
 
 
-@pytest.mark.parametrize("targets", ["predicted", "label", "sampled"])
-def test_the_class_explained_is_the_one_asked_for(tmp_path, explainer, make_photographs, targets):
-    photographs = make_photographs(labels=True)
-    trainer = AhaTrainer(explainer, arguments(tmp_path / "run", target_classes=targets), photographs)
-    logits = torch.tensor([[0.0, 1.0, 0.0]]).log_softmax(-1).expand(3000, -1)
-    target = trainer._training_target(logits, torch.full((3000,), 2), torch.Generator().manual_seed(0))
-    shares = torch.bincount(target, minlength=3) / 3000
-    expected = {"predicted": [0, 1, 0], "label": [0, 0, 1], "sampled": logits[0].exp().tolist()}[targets]
-    assert shares.tolist() == pytest.approx(expected, abs=0.04)
+@pytest.mark.parametrize("name", ["target_classes", "second_class"])
+def test_labels_are_asked_for_when_they_are_to_be_explained(tmp_path, explainer, make_photographs, name):
+    with pytest.raises(ValueError, match=f"{name} is 'label', but the training dataset has no label column"):
+        AhaTrainer(explainer, arguments(tmp_path / "run", **{name: "label"}), make_photographs())
 
 
-def test_labels_are_asked_for_when_they_are_to_be_explained(tmp_path, explainer, make_photographs):
-    with pytest.raises(ValueError, match="target_classes is 'label', but the training dataset has no label column"):
-        AhaTrainer(explainer, arguments(tmp_path / "run", target_classes="label"), make_photographs())
+def test_two_classes_of_an_image_are_trained_as_two_images(tmp_path, explainer, make_photographs, monkeypatch):
+    changes = {"second_class": "label", "references": ["mean"], "pixel_share": 1.0, "curve_points": 0}
+    trainer = AhaTrainer(explainer, arguments(tmp_path / "run", **changes), make_photographs(labels=True))
+    asked = []
+    features = type(explainer).features
+    monkeypatch.setattr(type(explainer), "features", lambda *given: asked.append(len(given[1])) or features(*given))
+    pixels, rows = torch.randn(3, 3, 32, 32), torch.arange(3)
+    with torch.no_grad():
+        predicted = explainer.classifier(pixels).logits.argmax(-1)
+    labels = torch.stack([predicted[0], (predicted[1] + 1) % 5, (predicted[2] + 2) % 5])
+    draws = StepDraws.of(0, 0, rows.tolist())
+    seen, target, scores = trainer._scores_of(explainer.decoder, pixels, labels, draws)
+    assert asked == [3], "the plain classifier runs once an image"
+    assert torch.equal(seen, torch.cat([pixels, pixels])) and torch.equal(target[:3], predicted)
+    assert torch.equal(target[4:], labels[1:]) and target[3] != labels[0]
+    whole = trainer._objective_of(trainer.objective, scores, seen, target, draws).loss
+    # With all points of the curves and one reference nothing is drawn: two plain runs, one a class.
+    single = AhaTrainer(
+        explainer, arguments(tmp_path / "single", **{**changes, "second_class": "none"}), make_photographs()
+    )
+    parts = [
+        single._objective_of(single.objective, scores[part], pixels, target[part], draws).loss
+        for part in (slice(0, 3), slice(3, 6))
+    ]
+    torch.testing.assert_close(whole, sum(parts) / 2)
 
 
 def test_gradient_accumulation_equals_one_larger_batch(tmp_path, explainer, make_photographs):

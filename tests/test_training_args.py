@@ -58,6 +58,8 @@ def test_tau_falls_geometrically_from_the_first_to_the_last_step():
         ("ema_decay", 2.0),
         ("mixed_precision", "half"),
         ("target_classes", "all"),
+        ("second_class", "third"),
+        ("tv_weight", -0.1),
         ("crop_scale", [0.5]),
         ("crop_scale", [0.8, 0.5]),
         ("crop_scale", [0.0, 0.5]),
