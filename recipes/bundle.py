@@ -24,7 +24,13 @@ LIMIT_BYTES = 24_000_000
 
 
 def bundle(
-    explainer: str, classifier: str, name: str, *, include_classifier: bool = True, output: Path = BUNDLED
+    explainer: str,
+    classifier: str,
+    name: str,
+    *,
+    classifier_name: str | None = None,
+    include_classifier: bool = True,
+    output: Path = BUNDLED,
 ) -> Path:
     """Write OUTPUT/NAME and return it.
 
@@ -33,7 +39,7 @@ def bundle(
     """
     loaded = AhaExplainer.from_pretrained(explainer, classifier=classifier, dtype=torch.float32)
     # A folder of one machine means nothing on another: the classifier travels along, or is given with classifier=...
-    loaded.config.base_model_name_or_path = name
+    loaded.config.base_model_name_or_path = classifier_name or name
     folder = output / name
     loaded.to(torch.float16).save_pretrained(folder, include_classifier=include_classifier)
     for config in folder.rglob("config.json"):
@@ -58,11 +64,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--explainer", required=True)
     parser.add_argument("--classifier", required=True)
     parser.add_argument("--name", required=True)
+    parser.add_argument("--classifier-name", help="what the config calls the classifier (default: --name)")
     parser.add_argument("--without-classifier", action="store_true", help="bundle the decoder alone")
     parser.add_argument("--output", type=Path, default=BUNDLED)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     bundle(
-        args.explainer, args.classifier, args.name, include_classifier=not args.without_classifier, output=args.output
+        args.explainer,
+        args.classifier,
+        args.name,
+        classifier_name=args.classifier_name,
+        include_classifier=not args.without_classifier,
+        output=args.output,
     )
 
 

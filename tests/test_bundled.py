@@ -26,7 +26,12 @@ def explainer() -> AhaExplainer:
 
 def test_weights_fit_the_limit_and_are_half_precision_safetensors():
     weights = list(BUNDLED.rglob("*.safetensors"))
-    assert sorted(path.parent.name for path in weights) == ["classifier", "imagenette-demo", "vit-s14-imagenette"]
+    assert sorted(path.parent.name for path in weights) == [
+        "classifier",
+        "imagenette-demo",
+        "vit-s14-imagenette",
+        "vit-s14-imagenette-gradient",
+    ]
     assert sum(path.stat().st_size for path in weights) <= 24_000_000
     assert not [path for path in BUNDLED.rglob("*") if path.suffix in {".bin", ".pt", ".pth", ".pkl"}]
 
@@ -92,11 +97,14 @@ def test_maps_of_two_classes_part_where_two_photographs_share_one_image(explaine
     assert shares[0] > shares[1] + 0.15, shares
 
 
-def test_the_larger_explainer_asks_for_its_classifier():
-    decoder = AhaExplainer.from_pretrained("vit-s14-imagenette", load_classifier=False)
+@pytest.mark.parametrize(("name", "passes"), [("vit-s14-imagenette", 1), ("vit-s14-imagenette-gradient", 5)])
+def test_the_larger_explainers_ask_for_their_classifier(name, passes):
+    decoder = AhaExplainer.from_pretrained(name, load_classifier=False)
     assert decoder.classifier is None and decoder.config.image_size == [224, 224]
+    assert decoder.config.passes_per_explanation == passes
+    assert decoder.config.base_model_name_or_path == "vit-s14-imagenette"
     with pytest.raises(OSError, match="classifier="):
-        AhaExplainer.from_pretrained("vit-s14-imagenette", local_files_only=True)
+        AhaExplainer.from_pretrained(name, local_files_only=True)
 
 
 def _strings(value: object) -> list[str]:
