@@ -55,8 +55,8 @@ docs: $(DEMO_STAMP) ## the documentation as a site in build/docs; a broken link 
 
 demo-env: $(DEMO_STAMP) ## .venv-demo: Gradio for hf-aha demo, Playwright for its tests, MkDocs for the documentation
 
-demo-test: $(DEMO_STAMP) ## the tests of the live demo, with its page
-	.venv-demo/bin/python -m pytest $(wildcard tests/test_demo_*.py) tests/test_push_space.py $(PYTEST_ARGS)
+demo-test: $(DEMO_STAMP) ## the tests of the live demo, in a real browser where Chromium is installed
+	.venv-demo/bin/python -m pytest -rs $(wildcard tests/test_demo_*.py) tests/test_push_space.py $(PYTEST_ARGS)
 
 clean: ## remove the environments and everything that was made from the sources
 	rm -rf .venv .venv-bench .venv-demo .venv-oldest .venv-newest $(DEMO_OUTPUT) build dist *.egg-info .pytest_cache .ruff_cache

@@ -168,7 +168,21 @@ def test_a_refinement_that_is_left_does_not_answer_the_next_question(handlers, p
     for worker in [thread for thread in threading.enumerate() if thread.name.startswith("hf-aha-refine")]:
         worker.join(20)
         assert not worker.is_alive()
-    assert "stopped" in handlers.stopped(session)[0] and "<img" in handlers.perturb(session, *ASKING)[0]
+    assert "<img" in handlers.perturb(session, *ASKING)[0]
+
+
+def test_a_refinement_is_stopped_and_says_so_itself(handlers, picture, monkeypatch):
+    monkeypatch.setattr(refining_module, "_POLL_SECONDS", 0.01)
+    session = handlers.open_upload(None, str(picture), *DRAWING)[0]
+    steps = handlers.refine(session, 5000, *DRAWING)
+    assert next(steps)[4]["interactive"]
+    handlers.stop(session)
+    *_, last = steps
+    assert "stopped" in last[0] and last[1] == "" and session.refined is None
+    assert last[3]["interactive"] and not last[4]["interactive"]
+    *_, last = handlers.refine(session, 1, *DRAWING)
+    assert session.refined is not None and last[1].count("<figure") == 2
+    handlers.stop(None)
 
 
 def test_a_late_answer_is_dropped(handlers, picture, monkeypatch):

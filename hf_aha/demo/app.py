@@ -28,13 +28,39 @@ DEFAULT_STEPS = 10
 DEFAULT_SHARE = 20
 
 _EMPTY = '<p class="aha-empty">Drop a photograph, or pick a sample: its explanation appears here.</p>'
-# Gradio writes the title of a group of radio buttons beside the group without naming it, and reads icons aloud.
-_NAME_GROUPS = """() => {
-    for (const group of document.querySelectorAll("fieldset")) {
-        const title = group.querySelector("[data-testid='block-info']");
-        if (title) group.setAttribute("aria-label", title.innerText);
-    }
-    for (const icon of document.querySelectorAll(".aha-sample img")) icon.alt = "";
+# For those who hear the page or have no mouse. Gradio writes the title of a group of radio buttons beside the group
+# without naming it, makes every radio button a group of its own, so that arrow keys do nothing, gives all reset
+# buttons one name, and has icons read aloud. What is inserted together with its own live region is not read by every
+# screen reader, so the place that stays is the live region. The chooser of files shows pictures first, but other files
+# are taken too: it is the server that says what is wrong with them, in a line that stays.
+_MEND_PAGE = """() => {
+    const all = (selector, mend) => document.querySelectorAll(selector).forEach(mend);
+    const mend = () => {
+        all("fieldset:not([aria-label])", (group) => {
+            const title = group.querySelector("[data-testid='block-info']");
+            if (title) group.setAttribute("aria-label", title.innerText);
+            group.setAttribute("role", "radiogroup");
+        });
+        all("fieldset[id] input[type='radio']", (button) => {
+            const name = button.closest("fieldset").id;
+            if (button.name !== name) button.name = name;
+        });
+        all("[data-testid='reset-button']", (button) => {
+            const title = button.closest(".block").querySelector("[data-testid='block-info']");
+            if (title) button.setAttribute("aria-label", `Reset: ${title.innerText}`);
+        });
+        all(".aha-sample img", (icon) => { icon.alt = ""; });
+        all("svg:not([role]):not([aria-hidden])", (icon) => icon.setAttribute("aria-hidden", "true"));
+        all("#photograph input[type='file']", (input) => { input.accept = "image/*"; });
+        all("#status .html-container, #probability .html-container", (place) => {
+            place.setAttribute("role", "status");
+            place.setAttribute("aria-atomic", "true");
+        });
+    };
+    mend();
+    // Gradio names radio buttons anew whenever one is chosen.
+    const watched = { childList: true, subtree: true, attributeFilter: ["name"] };
+    new MutationObserver(mend).observe(document.body, watched);
 }"""
 _LIMITS = (
     "A map orders the pixels by how much they count for this classifier's answer. It does not say that the answer is "
@@ -75,7 +101,7 @@ def build_app(
     handlers = Handlers(engine, gr, record or {})
     with gr.Blocks(title="AHA: which pixels?", analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         page = _Page(gr, engine, name, samples)
-        app.load(None, js=_NAME_GROUPS)
+        app.load(None, js=_MEND_PAGE)
         _wire(page, handlers, samples)
     app.queue(default_concurrency_limit=4, max_size=64)
     return app
@@ -93,7 +119,6 @@ class _Page:
                 self.upload = gr.File(
                     label="Photograph (JPEG, PNG, WebP, ...; up to 50 MB)",
                     file_count="single",
-                    file_types=["image"],
                     type="filepath",
                     height=170,
                     elem_id="photograph",
@@ -104,7 +129,6 @@ class _Page:
                             _spoken(path.stem),
                             icon=path,
                             size="sm",
-                            min_width=120,
                             elem_id=f"sample-{path.stem}",
                             elem_classes="aha-sample",
                         )
@@ -182,28 +206,28 @@ class _Page:
                 self.curves = gr.HTML("", elem_id="curves")
             with gr.Column(scale=2, min_width=300):
                 self.perturbed = gr.HTML("", elem_id="perturbed")
+        gr.HTML(
+            "<h2>Refine</h2><p>A few gradient steps on this photograph's own curves; the best map met is kept, so it "
+            "never gets worse.</p>",
+            elem_id="refine-title",
+        )
         with gr.Row():
-            with gr.Column(min_width=300):
-                gr.HTML(
-                    "<h2>Refine</h2><p>A few gradient steps on this photograph's own curves; the best map met is "
-                    "kept, so it never gets worse.</p>",
-                    elem_id="refine-title",
-                )
+            with gr.Column(scale=2, min_width=300):
                 self.steps = gr.Slider(*STEPS, value=DEFAULT_STEPS, step=1, label="Steps", elem_id="refine-steps")
                 with gr.Row():
                     self.refine = gr.Button("Refine", variant="primary", elem_id="refine")
                     self.stop = gr.Button("Stop", interactive=False, elem_id="refine-stop")
-                self.refined = gr.HTML("", elem_id="refined")
                 self.use_refined = gr.Checkbox(
                     False, label="Use the refined map above", interactive=False, elem_id="use-refined"
                 )
-            with gr.Column(min_width=300):
-                gr.HTML(
-                    "<h2>Beside other methods</h2><p>Integrated gradients and Grad-CAM for the same class.</p>",
-                    elem_id="compare-title",
-                )
-                self.compare = gr.Button("Compare", elem_id="compare")
-                self.comparison = gr.HTML("", elem_id="comparison")
+            with gr.Column(scale=3, min_width=300):
+                self.refined = gr.HTML("", elem_id="refined")
+        gr.HTML(
+            "<h2>Beside other methods</h2><p>Integrated gradients and Grad-CAM for the same class.</p>",
+            elem_id="compare-title",
+        )
+        self.compare = gr.Button("Compare", elem_id="compare")
+        self.comparison = gr.HTML("", elem_id="comparison")
         gr.HTML(f"<p class='aha-soft'>{_LIMITS}</p>", elem_id="limits")
 
 
@@ -275,7 +299,7 @@ def _wire(page: _Page, handlers: Handlers, samples: Sequence[Path]) -> None:
             api_name=f"{control.elem_id}_curves",
         )
 
-    refining = page.refine.click(
+    page.refine.click(
         handlers.refine,
         [page.session, page.steps, *drawing],
         [page.status, page.refined, page.use_refined, page.refine, page.stop],
@@ -283,13 +307,8 @@ def _wire(page: _Page, handlers: Handlers, samples: Sequence[Path]) -> None:
         concurrency_limit=1,
         api_name="refine",
     )
-    page.stop.click(
-        handlers.stopped,
-        page.session,
-        [page.status, page.refined, page.refine, page.stop],
-        cancels=[refining],
-        api_name="stop",
-    )
+    # Not by `cancels`: what the refinement wrote last could arrive after what the stopping wrote.
+    page.stop.click(handlers.stop, page.session, None, show_progress="hidden", api_name="stop")
     used = page.use_refined.input(
         handlers.use_refined,
         [page.session, page.use_refined, *drawing],

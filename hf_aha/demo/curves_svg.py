@@ -9,8 +9,8 @@ from ..metrics.curves import Curves
 from ..plots import PALETTE
 
 
-_WIDTH, _HEIGHT = 560, 320
-_LEFT, _TOP, _RIGHT, _BOTTOM = 48, 40, 28, 48
+_WIDTH, _HEIGHT = 560, 348
+_LEFT, _TOP, _RIGHT, _BOTTOM = 48, 40, 28, 76
 _STYLE = {"insertion": (PALETTE[0], ""), "deletion": (PALETTE[1], ' stroke-dasharray="7 4"')}
 
 
@@ -93,7 +93,7 @@ def _axes(low: float, what: str) -> str:
         )
     shown = what if len(what) <= 60 else f"{what[:59]}…"
     lines.append(
-        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 6}" text-anchor="middle" fill="currentColor">'
+        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 34}" text-anchor="middle" fill="currentColor">'
         "pixels removed or shown, most important first</text>"
         f'<text x="{_LEFT - 8}" y="{_TOP - 20}" fill="currentColor">{html.escape(shown)}</text>'
     )
@@ -106,11 +106,12 @@ def _levels(low: float) -> Sequence[float]:
 
 def _legend(areas: dict[str, float]) -> str:
     items = []
-    for row, (name, area) in enumerate(areas.items()):
+    y = _HEIGHT - 10
+    for place, (name, area) in enumerate(areas.items()):
         color, dashes = _STYLE[name]
-        y = _HEIGHT - _BOTTOM - 34 + 20 * row
+        x = _LEFT + 40 + place * (_WIDTH - _LEFT - _RIGHT) // 2
         items.append(
-            f'<line x1="{_LEFT + 10}" y1="{y}" x2="{_LEFT + 42}" y2="{y}" stroke="{color}" stroke-width="3"{dashes}/>'
-            f'<text x="{_LEFT + 50}" y="{y + 4}" fill="currentColor">{name}, area {area:.3f}</text>'
+            f'<line x1="{x}" y1="{y - 4}" x2="{x + 32}" y2="{y - 4}" stroke="{color}" stroke-width="3"{dashes}/>'
+            f'<text x="{x + 40}" y="{y}" fill="currentColor">{name}, area {area:.3f}</text>'
         )
     return "".join(items)

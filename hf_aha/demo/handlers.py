@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,11 +37,15 @@ _NO_PHOTOGRAPH = "There is no photograph yet: drop one, or pick a sample."
 
 @dataclass(eq=False)
 class Session:
-    """What one visitor looks at: the plain map, the refined one if there is one, and which of the two is used."""
+    """What one visitor looks at: the plain map, the refined one if there is one, and which of the two is used.
+
+    `stopping` asks the visitor's refinement to end.
+    """
 
     plain: Answer
     refined: Answer | None = None
     answer: Answer | None = None
+    stopping: bool = False
 
     def __post_init__(self) -> None:
         self.answer = self.plain
@@ -229,30 +234,31 @@ class Handlers:
             gr.Warning(_NO_PHOTOGRAPH)
             yield status(_NO_PHOTOGRAPH, "problem"), gr.skip(), gr.skip(), *idle
             return
-        plain, steps = session.plain, int(steps)
+        plain, steps, session.stopping = session.plain, int(steps), False
         busy = (gr.update(interactive=False), gr.update(interactive=True))
         try:
-            for found in self.engine.refining(plain, steps):
-                if session.plain is not plain:
-                    yield status("The refinement was left for the new question."), "", gr.skip(), *idle
-                    return
-                if isinstance(found, int):
-                    yield gr.skip(), _progress(found, steps), gr.skip(), *busy
-                    continue
-                session.refined = found
-                _, opacity, colormap = self._drawing(*drawing)
-                pictures = refinement_figures(plain, found, opacity, colormap)
-                yield status("Refined."), pictures, gr.update(interactive=True, value=False), *idle
+            with closing(self.engine.refining(plain, steps)) as work:
+                for found in work:
+                    if session.plain is not plain or session.stopping:
+                        why = "stopped" if session.stopping else "left for the new question"
+                        yield status(f"The refinement was {why}."), "", gr.skip(), *idle
+                        return
+                    if isinstance(found, int):
+                        yield gr.skip(), _progress(found, steps), gr.skip(), *busy
+                        continue
+                    session.refined = found
+                    _, opacity, colormap = self._drawing(*drawing)
+                    pictures = refinement_figures(plain, found, opacity, colormap)
+                    yield status("Refined."), pictures, gr.update(interactive=True, value=False), *idle
         except torch.OutOfMemoryError:
             sentence = "Memory ran out during the refinement; give fewer people at once, or a smaller classifier."
             gr.Warning(sentence)
             yield status(sentence, "problem"), "", gr.skip(), *idle
 
-    def stopped(self, session: Session | None) -> tuple:
-        """Say that the refinement was stopped."""
-        del session
-        gr = self.gr
-        return status("The refinement was stopped."), "", gr.update(interactive=True), gr.update(interactive=False)
+    def stop(self, session: Session | None) -> None:
+        """Ask the refinement to end, which says so itself."""
+        if session is not None:
+            session.stopping = True
 
     def use_refined(self, session: Session | None, wanted: bool, *drawing: Any) -> tuple:
         """Let the picture, the slider and the curves use the refined map, or the plain one again."""
@@ -290,7 +296,4 @@ def _passes_of(engine: DemoEngine, answer: Answer) -> str:
 
 def _progress(done: int, steps: int) -> str:
     text = f"Step {done} of {steps}"
-    return (
-        f'<p role="status" aria-live="polite">{text}</p>'
-        f'<progress class="aha-progress" value="{done}" max="{steps}" aria-label="{text}"></progress>'
-    )
+    return f'<p>{text}</p><progress class="aha-progress" value="{done}" max="{steps}" aria-label="{text}"></progress>'

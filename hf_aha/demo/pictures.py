@@ -114,7 +114,7 @@ def perturbed_sentence(answer: Answer, perturbed: Perturbed) -> str:
 
 
 def perturbed_readout(answer: Answer, perturbed: Perturbed) -> str:
-    """The same in large, with a bar; read aloud when it changes."""
+    """The same in large, with a bar."""
     explanation = answer.explanation
     rows = [(explanation.label, perturbed.probability, explanation.probability)]
     if explanation.against is not None:
@@ -125,7 +125,7 @@ def perturbed_readout(answer: Answer, perturbed: Perturbed) -> str:
         f'<div class="aha-bar" aria-hidden="true"><span style="width:{100 * now:.1f}%"></span></div>'
         for label, now, whole in rows
     )
-    return f'<div role="status" aria-live="polite" aria-atomic="true">{bars}</div>'
+    return bars
 
 
 def refinement_figures(before: Answer, after: Answer, opacity: float, colormap: str) -> str:
@@ -145,8 +145,9 @@ def refinement_figures(before: Answer, after: Answer, opacity: float, colormap: 
 def refinement_sentence(after: Answer) -> str:
     """What refinement did, in one sentence."""
     facts = after.explanation.refinement
+    steps = f"{facts['steps']} step{'' if facts['steps'] == 1 else 's'}"
     return (
-        f"{facts['steps']} steps took the insertion area minus the deletion area from {facts['initial_value']:.3f} to "
+        f"{steps} took the insertion area minus the deletion area from {facts['initial_value']:.3f} to "
         f"{facts['value']:.3f} (blurred reference, {CURVE_POINTS} points inside) and cost {facts['passes']} passes of "
         "the classifier."
     )
@@ -173,9 +174,9 @@ def comparison_figures(answer: Answer, comparison: Comparison, opacity: float, c
 
 
 def status(text: str, kind: str = "note") -> str:
-    """One line that screen readers read aloud; `kind` is "note" or "problem"."""
+    """One line on what happened; `kind` is "note" or "problem"."""
     mark = "Problem: " if kind == "problem" else ""
-    return f'<p class="aha-status aha-{kind}" role="status" aria-live="polite">{html.escape(mark + text)}</p>'
+    return f'<p class="aha-status aha-{kind}">{html.escape(mark + text)}</p>'
 
 
 def _passes(count: int) -> str:

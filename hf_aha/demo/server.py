@@ -137,6 +137,10 @@ def _looks(gr: Any) -> dict[str, Any]:
         block_info_text_color_dark="*neutral_300",
         block_label_text_color="*neutral_700",
         block_title_text_color="*neutral_700",
+        checkbox_border_color="*neutral_500",
+        checkbox_border_color_dark="*neutral_400",
+        checkbox_border_color_hover="*neutral_700",
+        checkbox_border_color_hover_dark="*neutral_200",
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
     )
