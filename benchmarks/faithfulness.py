@@ -276,7 +276,7 @@ def section(files: Sequence[str]) -> str:
         f"rows {protocol['skip']} to {last}; {len(failed)} unreadable, {left_out} left out because not every method "
         f"was measured on them), {height} x {width} px, the classifier's own processor, predicted class, softmax "
         f"probability. The decoder has {head['decoder_parameters']:,} weights and saw "
-        f"{training.get('images_seen', 0):,} crops in training.",
+        f"{training.get('images_seen', 0):,} crops in its last training run.",
     ]
     if left_out:
         alone = ", ".join(
