@@ -169,7 +169,8 @@ def measure_rows(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, obj
         args.words,
     )
     by_name = {row.name: row for row in sorted(plan.rows, key=lambda row: row.priority)}
-    names = wanted(list(by_name), args.rows, args.shard)
+    in_reach = [name for name, row in by_name.items() if args.priority is None or row.priority <= args.priority]
+    names = wanted(in_reach, args.rows, args.shard)
     recipe = recipe_script()
 
     def collect() -> dict[str, object]:
@@ -276,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object] | str:
     commands = parser.add_subparsers(required=True, dest="command")
     one = commands.add_parser("measure")
     add_study_arguments(one, "runs/ablation")
+    one.add_argument("--priority", type=int, metavar="N", help="leave out the rows of a later priority than N")
     one.add_argument("--results", type=Path, default=Path("benchmarks/results/ablation.json"))
     two = commands.add_parser("report")
     two.add_argument("results", type=Path)

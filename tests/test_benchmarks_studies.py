@@ -126,8 +126,8 @@ def test_the_ablation_runs_goes_on_and_reports_what_is_missing(
     text = ablation.main(["report", str(results), "--rows-file", str(plan), "--output", str(page)])
     assert "No run has been measured yet." in text and "- `soft`: soft masks" in text
 
-    # By priority: default, soft, seed-1; the first of two shards has the first and the third.
-    ablation.main([*words, "--shard", "1/2"])
+    # By priority: default and soft, then seed-1.
+    ablation.main([*words, "--shard", "1/2", "--priority", "1"])
     assert ran == ["soft"]
     result = ablation.main(words)
     assert ran == ["soft", "default", "seed-1"]
