@@ -69,7 +69,7 @@ class DemoServer:
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, **quiet, **environment},
-            # What runs in the background of a shell, this test for instance, has Ctrl-C switched off, and so its children.
+            # What runs in the background of a shell has Ctrl-C switched off, and so have its children.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
