@@ -26,7 +26,7 @@ import torch
 from ablation import ROWS_FILE, Plan
 from measuring import find_device, provenance, provenance_line, write_json
 from recipe_runs import References, interval, plain_references, recipe_script, shown
-from studies import Study, add_study_arguments, wanted
+from studies import Study, add_study_arguments, run_study, wanted
 
 from hf_aha.data import Photographs, collate
 from hf_aha.files import write_atomically
@@ -214,7 +214,6 @@ def report(args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> dict[str, object] | str:
     """Measure and return the results, or report and return the page."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    own, words = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True, dest="command")
     one = commands.add_parser("measure")
@@ -225,13 +224,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object] | str:
     two.add_argument("results", type=Path)
     two.add_argument("--output", type=Path, required=True, help="page to write")
     two.add_argument("--figure", type=Path, help="heat-map to write, in a folder of the page's")
-    args = parser.parse_args(own)
-    if args.command == "report":
-        return report(args)
-    args.words = words
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return measure_rows(args, argv)
+    return run_study(parser, argv, measure_rows, report)
 
 
 if __name__ == "__main__":

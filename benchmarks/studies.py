@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import torch
 from recipe_runs import References, held_out, measure, plain_references, prepare_classifier, train
 
 from hf_aha.data import Photographs
@@ -148,6 +149,29 @@ def add_study_arguments(parser: argparse.ArgumentParser, output: str, eval_rows:
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="run every N-th of them, from the I-th on")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
     parser.add_argument("--output", type=Path, default=Path(output), help="folder of the rows (default: %(default)s)")
+
+
+def run_study(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str],
+    measure_rows: Callable[[argparse.Namespace, Sequence[str]], dict[str, object]],
+    report: Callable[[argparse.Namespace], str],
+) -> dict[str, object] | str:
+    """Obey the command line of a study: words after `--` go to the recipe.
+
+    Args:
+        parser: with the commands `measure` and `report`.
+        argv: words of the command line.
+        measure_rows, report: what the commands do.
+    """
+    own, words = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    args = parser.parse_args(own)
+    if args.command == "report":
+        return report(args)
+    args.words = list(words)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return measure_rows(args, argv)
 
 
 def wanted(names: Sequence[str], chosen: Sequence[str] | None, shard: str) -> list[str]:

@@ -12,12 +12,13 @@ difference whose paired interval does not hold zero. Rows are in the order of th
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from hf_aha.benchmark import BenchmarkResults
+from hf_aha.benchmark import BenchmarkError, BenchmarkResults
 from hf_aha.markdown import Markdown, table
 from hf_aha.metrics.results import Summary, bootstrap
 
@@ -52,7 +53,13 @@ def _text(summary: Summary) -> str:
 
 
 def summary_table(results: BenchmarkResults) -> str:
-    """The table and the sentence that says what it is."""
+    """The table and the sentence that says what it is.
+
+    Raises:
+        ValueError: the protocol `hf_aha` was not measured.
+    """
+    if "hf_aha/pixel/blur/insertion" not in results.protocols:
+        raise ValueError(f"the protocol hf_aha was not measured, but {', '.join(results.protocols) or 'nothing'}.")
     names = [one.name for one in results.methods]
     values = {
         name: {level: insertion_minus_deletion(results, name, level) for level in GRANULARITIES} for name in names
@@ -69,15 +76,15 @@ def summary_table(results: BenchmarkResults) -> str:
     header = ["method", *GRANULARITIES.values(), "passes (forward + backward)", "seconds a map", "images"]
     run = results.run
     context, versions = run["context"], run["versions"]
+    version = next(iter(results.protocols["hf_aha/pixel/blur/insertion"].values())).protocol.version
     classifier, dataset = (context[key].split(",")[0] for key in ("classifier", "dataset"))
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("hf-aha", "torch", "transformers"))
     return (
         f"{table(header, rows)}\n\n"
-        f"*Insertion minus deletion area (higher is better) for `{classifier}`, protocol `hf_aha` version 1, the mean "
-        f"of its two references; photographs of the split `{context['split']}` of {dataset}, seed {run['seed']}; "
+        f"*Insertion minus deletion area (higher is better) for `{classifier}`, protocol `hf_aha` version {version}, "
+        f"mean of its two references; photographs of the split `{context['split']}` of {dataset}, seed {run['seed']}; "
         "brackets are 95 % intervals over photographs, an asterisk marks a significant paired difference to "
-        f"{results.methods[0].title}. {libraries}. The explainers were trained on these metrics, on other "
-        "photographs.*"
+        f"{results.methods[0].title}. {' '.join([f'{libraries}.', *run['notes']])}*"
     )
 
 
@@ -98,11 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="of hf-aha benchmark")
     parser.add_argument("--file", type=Path, help="Markdown file to write to; printed when left out")
     args = parser.parse_args(arguments)
-    text = summary_table(BenchmarkResults.load(args.folder))
-    if args.file is None:
-        print(text)
-        return
-    args.file.write_text(replace_between_marks(args.file.read_text(encoding="utf-8"), text), encoding="utf-8")
+    try:
+        text = summary_table(BenchmarkResults.load(args.folder))
+        if args.file is None:
+            print(text)
+            return
+        page = replace_between_marks(args.file.read_text(encoding="utf-8"), text)
+    except (BenchmarkError, OSError, ValueError) as error:
+        sys.exit(f"No table was written: {error}")
+    args.file.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -53,13 +53,12 @@ class MeanOfChannels(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1)
         self.start = start
 
-    @torch.no_grad()
-    def reset_to_start(self) -> None:
-        """Set the weights of before training."""
+    def start_weight(self) -> torch.Tensor:
+        """The weight of before training; the bias is zero then."""
         first, end = self.start
-        self.weight.zero_()
-        self.bias.zero_()
-        self.weight[:, first:end] = 1 / max(end - first, 1)
+        weight = torch.zeros_like(self.weight)
+        weight[:, first:end] = 1 / max(end - first, 1)
+        return weight
 
 
 @dataclass(frozen=True)

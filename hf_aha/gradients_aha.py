@@ -24,11 +24,10 @@ def gradient_maps(
 
     The gradient is that of log p(target) at the midpoints of `points` equal parts of the straight line from the
     reference to the image: the products' mean over the points is integrated gradients with few steps. Each point
-    costs a forward and a backward pass of the classifier. Points near the reference tell patches apart better, points
-    near the image pixels, so they are given one by one.
+    costs a forward and a backward pass of the classifier. They are given one by one, for the decoder to weigh.
 
     The same passes attribute to the tokens of any layer: their gradient times their change from point to point,
-    summed over the channels and along the path. Later layers say more reliably which patches matter.
+    summed over the channels and along the path.
 
     Args:
         classifier: its weights are only read.

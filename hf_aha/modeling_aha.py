@@ -149,7 +149,8 @@ class AhaExplainer(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MeanOfChannels):
-            module.reset_to_start()
+            init.copy_(module.weight, module.start_weight())
+            init.zeros_(module.bias)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
             init.kaiming_normal_(module.weight, nonlinearity="linear")
             if module.bias is not None:

@@ -88,6 +88,10 @@ class RecipeArguments(AhaTrainingArguments):
         default=None, metadata={"help": "Points a reference at which the decoder is given the classifier's gradient."}
     )
     gradient_references: list[str] | None = None
+    gradient_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Layers whose tokens the gradients attribute to, from 1, for two points and more."},
+    )
     local_files_only: bool = False
 
     CLASSIFIER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -98,6 +102,7 @@ class RecipeArguments(AhaTrainingArguments):
         "half_width",
         "gradient_features",
         "gradient_references",
+        "gradient_layers",
     )
 
     def __post_init__(self):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,17 +10,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from transformers import ViTImageProcessorPil
-
-
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def script():
-    """`script(name)`: a benchmark as a module, found as if it were run from its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module
 
 
 @pytest.fixture(autouse=True)

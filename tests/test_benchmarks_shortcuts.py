@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
-from documents import ROOT
 from PIL import Image
 from transformers import BitImageProcessorPil
 
@@ -23,21 +20,6 @@ SIDE = 32
 PROCESSOR = BitImageProcessorPil(
     size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3
 )
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """`script(name)`: a benchmark as a module, found as if it were run from its folder."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module
-
-
-@pytest.fixture
-def accelerate_afresh(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from PIL import Image
 from transformers import ViTImageProcessor
 
@@ -21,24 +19,8 @@ from hf_aha.metrics.legibility import total_variation
 from hf_aha.perturbation import Normalization, reference_image
 
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+pytestmark = pytest.mark.usefixtures("accelerate_afresh")
 SIZES = {"grid_width": 8, "grid_depth": 1, "quarter_width": 8, "half_width": 8}
-
-
-@pytest.fixture(scope="module")
-def script():
-    """`script(name)`: a benchmark as a module, found as if it were run from its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state(monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

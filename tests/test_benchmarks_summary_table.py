@@ -55,3 +55,12 @@ def test_only_what_lies_between_the_marks_is_replaced(tmp_path):
     assert summary_table.replace_between_marks(page, "new") == page.replace("old", "new")
     with pytest.raises(ValueError, match="must hold .* once each"):
         summary_table.replace_between_marks("no marks", "new")
+
+
+def test_what_cannot_be_tabulated_is_refused_in_one_sentence(classifier, tmp_path):  # noqa: F811
+    with pytest.raises(SystemExit, match="No table was written: .*holds no results.json"):
+        summary_table.main([str(tmp_path)])
+    settings = settings_of(get_method("centre"), protocols=("aha",))
+    results_of(classifier, images_of(photographs(2)), settings, tmp_path).save(tmp_path)
+    with pytest.raises(SystemExit, match="the protocol hf_aha was not measured, but aha/"):
+        summary_table.main([str(tmp_path)])

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-@pytest.fixture(scope="module")
-def script():
-    """`script(name)`: a benchmark as a module, found as if it were run from its folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module
-
-
-@pytest.fixture(autouse=True)
-def _fresh_state(monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("accelerate_afresh")
 
 
 def test_growth_is_the_slope_after_the_warm_up(script):

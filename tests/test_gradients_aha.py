@@ -144,6 +144,27 @@ def test_two_points_bring_the_tokens_of_layers_spread_over_the_depth():
     assert make_explainer(gradient_features=2, gradient_layers=[]).config.num_gradient_token_maps == 0
 
 
+def test_every_family_attributes_to_its_tokens(model):
+    size = FrozenClassifier(model).image_size
+    processor = ViTImageProcessor(size={"height": size[0], "width": size[1]})
+    explainer = AhaExplainer.from_classifier(model, image_processor=processor, gradient_features=2).eval()
+    maps = explainer.gradients(torch.randn(1, 3, *size), torch.tensor([1]))
+    assert torch.isfinite(maps).all()
+    token_maps = maps[:, explainer.config.num_gradient_maps :]
+    assert token_maps.shape[1] == len(explainer.config.gradient_layers) and token_maps[:, 0].abs().max() > 0
+
+
+def test_trained_weights_are_not_set_back_by_loading(tmp_path):
+    explainer = make_explainer(gradient_features=2)
+    with torch.no_grad():
+        for parameter in explainer.decoder.parameters():
+            parameter.add_(torch.randn_like(parameter) / 4)
+    explainer.save_pretrained(tmp_path)
+    loaded = AhaExplainer.from_pretrained(tmp_path, classifier=explainer.classifier.model)
+    for name, weight in explainer.decoder.state_dict().items():
+        assert torch.equal(weight, loaded.decoder.state_dict()[name]), name
+
+
 def test_before_training_the_scores_are_integrated_gradients_of_tokens_and_pixels():
     explainer = make_explainer(gradient_features=2, gradient_layers=[2, 1], gradient_references=["blur"])
     pixels, target = torch.randn(1, 3, 32, 32), torch.tensor([3])

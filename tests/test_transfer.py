@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from transformers import ViTImageProcessor
 
@@ -230,16 +229,6 @@ def test_names_of_this_machine_are_cut_to_their_last_part(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- recipe and study
-
-
-@pytest.fixture
-def accelerate_afresh(monkeypatch, tmp_path):
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
