@@ -2,10 +2,11 @@
 
     python benchmarks/deletion_insertion.py --classifier DIR_OR_ID --images 4 --output deletion_insertion.json
 
-Five ways to the same two curves of random maps without ties, blurred reference, class probability:
+Six ways to the same two curves of random maps without ties, blurred reference, class probability:
 
 * ours: `MeasuredImages.measure` with `hf_aha/pixel/blur/deletion` and `/insertion`, 21 points, the ends shared: 40
   passes an image;
+* compiled: the same with the passes of `--compile`, see `TargetPasses`;
 * bare: as many passes in the same batches and precision of images that lie ready;
 * loop: what one would write first; for each image and curve, for each of 21 shares, blend and ask: 42 passes, one
   image each, in the same precision;
@@ -57,7 +58,7 @@ MIB = 2**20
 
 
 class Setting:
-    """One classifier with random images and maps, and the five ways to measure them."""
+    """One classifier with random images and maps, and the six ways to measure them."""
 
     def __init__(self, args: argparse.Namespace, images: int) -> None:
         device = find_device(args.device)
@@ -66,6 +67,7 @@ class Setting:
         self.classifier = FrozenClassifier(model.to(device))
         self.normalization = Normalization(processor.image_mean, processor.image_std)
         self.passes = TargetPasses(self.classifier, args.precision)
+        self.compiled_passes = TargetPasses(self.classifier, args.precision, compiled=True)
         self.max_batch = args.max_batch
         height, width = self.classifier.image_size
         generator = torch.Generator().manual_seed(0)
@@ -78,11 +80,15 @@ class Setting:
 
     def ours(self) -> tuple[np.ndarray, np.ndarray]:
         """Areas (B,) of deletion and insertion."""
-        return self.ours_of(slice(None))
+        return self.ours_of(slice(None), self.passes)
 
-    def ours_of(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    def compiled(self) -> tuple[np.ndarray, np.ndarray]:
+        """As `ours`, through compiled passes."""
+        return self.ours_of(slice(None), self.compiled_passes)
+
+    def ours_of(self, rows: slice, passes: TargetPasses) -> tuple[np.ndarray, np.ndarray]:
         measured = MeasuredImages(
-            self.passes, self.pixel_values[rows], normalization=self.normalization, max_batch=self.max_batch
+            passes, self.pixel_values[rows], normalization=self.normalization, max_batch=self.max_batch
         )
         protocols = get_protocol("hf_aha/pixel/blur", image_size=self.classifier.image_size)
         deletion, insertion = measured.measure(self.scores[rows], self.target[rows], protocols)
@@ -179,6 +185,8 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     setting = Setting(args, args.images)
     ours, loop = setting.ours(), setting.loop()
     calls = {"ours": setting.ours, "bare": setting.bare, "loop": setting.loop}
+    if args.compile:
+        calls["compiled"] = setting.compiled
     if not args.no_quantus:
         calls["quantus"] = setting.quantus(same_passes=False)
         calls["quantus (same passes)"] = setting.quantus(same_passes=True)
@@ -195,11 +203,17 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         "largest_difference_of_areas": max(float(np.abs(a - b).max()) for a, b in zip(ours, loop, strict=True)),
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         # How many times faster ours is; for `bare`, how many times slower than the passes alone.
-        "ratios": {
-            name: paired_ratio(seconds["ours"], values) if name == "bare" else paired_ratio(values, seconds["ours"])
-            for name, values in seconds.items()
-            if name != "ours"
-        },
+        "ratios": ratios_to("ours", seconds),
+        "ratios_to_compiled": ratios_to("compiled", seconds) if args.compile else None,
+    }
+
+
+def ratios_to(mine: str, seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """How many times as long the others take; of `bare`, how many times as long as it `mine` takes."""
+    return {
+        name: paired_ratio(seconds[mine], values) if name == "bare" else paired_ratio(values, seconds[mine])
+        for name, values in seconds.items()
+        if name not in ("ours", mine)
     }
 
 
@@ -232,13 +246,12 @@ def measure_memory(args: argparse.Namespace) -> dict[str, int] | None:
 
 def table(result: dict[str, object]) -> str:
     """The measurements as Markdown, with the settings and the command under them."""
-    lines = ["| Way | Seconds an image | Against ours |", "|---|---:|---:|"]
+    columns = [result["ratios"]] + [result["ratios_to_compiled"]] * bool(result["ratios_to_compiled"])
+    heads = ["Way", "Seconds an image", "Against ours", "Against compiled"][: 2 + len(columns)]
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     for name, seconds in result["seconds"].items():
-        ratio = result["ratios"].get(name)
-        shown = "-" if ratio is None else f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
-        if name == "bare":
-            shown = f"ours takes {shown} of it"
-        lines.append(f"| {name} | {seconds / result['images']:.3f} | {shown} |")
+        cells = [_shown(ratios.get(name), name) for ratios in columns]
+        lines.append(f"| {name} | {seconds / result['images']:.3f} | {' | '.join(cells)} |")
     size = " x ".join(map(str, result["image_size"]))
     settings = (
         f"{result['images']} images of {size} px, {result['precision']} passes of up to {result['max_batch']} images, "
@@ -249,6 +262,13 @@ def table(result: dict[str, object]) -> str:
         peaks = [f"{int(size) / MIB:.0f} MiB for {images}" for images, size in result["memory_bytes"].items()]
         settings += f" Peak memory over the loaded classifier by number of images: {', '.join(peaks)}."
     return "\n".join([*lines, "", f"{settings} {provenance_line(result)}"])
+
+
+def _shown(ratio: dict[str, float] | None, name: str) -> str:
+    if ratio is None:
+        return "-"
+    text = f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})"
+    return f"it takes {text} of these" if name == "bare" else text
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, object] | None:
@@ -262,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object] | None:
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the passes (default: auto)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: its own choice)")
+    parser.add_argument("--compile", action="store_true", help="measure compiled passes as well")
     parser.add_argument("--no-quantus", action="store_true", help="leave quantus out")
     parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument(

@@ -306,4 +306,4 @@ def _draw_bars(axes: object, result: Entry, shortcut: str) -> None:
         axes.axvline(value, color="black", linestyle=style, linewidth=1.2, label=name)
     axes.set_xlabel("per cent")
     axes.set_xlim(left=0)
-    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    axes.legend(fontsize=8, edgecolor="none", loc="lower right", bbox_to_anchor=(0.95, 0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def load_photographs(
     config_name: str | None = None,
     image_column: str | None = None,
     revision: str | None = None,
+    besides: Collection[str] = (),
 ) -> tuple[datasets.Dataset, str]:
     """Load one split of an image dataset without decoding its images.
 
@@ -42,6 +43,7 @@ def load_photographs(
         config_name: configuration of a Hub dataset.
         image_column: column of the images; found by its type, if there is one only, when left out.
         revision: commit, tag or branch of a Hub dataset.
+        besides: image columns that hold something else, such as masks.
 
     Returns:
         the dataset, with the image column as encoded bytes, and the name of that column.
@@ -51,7 +53,7 @@ def load_photographs(
             no images; or the split has no row.
     """
     dataset = datasets.load_dataset(name, config_name, split=split, revision=revision)
-    image_column = find_image_column(dataset.features, name, image_column)
+    image_column = find_image_column(dataset.features, name, image_column, besides)
     try:
         return dataset.cast_column(image_column, datasets.Image(decode=False)), image_column
     except (pa.ArrowException, TypeError, ValueError) as error:
@@ -60,13 +62,16 @@ def load_photographs(
         ) from error
 
 
-def find_image_column(features: datasets.Features, name: str, image_column: str | None = None) -> str:
+def find_image_column(
+    features: datasets.Features, name: str, image_column: str | None = None, besides: Collection[str] = ()
+) -> str:
     """The column of the images: the named one if it exists, else the only one of that type.
 
     Args:
         features: types of the columns.
         name: of the dataset, for the messages.
         image_column: name given by the user.
+        besides: image columns that hold something else.
 
     Raises:
         ValueError: no image column, several and none named, or no column of that name.
@@ -81,7 +86,9 @@ def find_image_column(features: datasets.Features, name: str, image_column: str 
                 f"The dataset {name} has no column {image_column!r}; its columns are {', '.join(features)}."
             )
         return image_column
-    images = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    images = [
+        column for column, feature in features.items() if isinstance(feature, datasets.Image) and column not in besides
+    ]
     if len(images) != 1:
         found = f"has {len(images)} image columns ({', '.join(images)})" if images else "has no image column"
         raise ValueError(

@@ -131,6 +131,7 @@ def explain(
     top_k: int = 1,
     batch_size: int = 8,
     refine: int = 0,
+    adaptive: bool = False,
 ) -> Explanation | list[Explanation] | list[list[Explanation]]:
     """The work behind [`AhaExplainer.explain`], where arguments, results and errors are described."""
     if explainer.image_processor is None:
@@ -141,8 +142,7 @@ def explain(
     sources = [images] if single else list(images)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, but it is {batch_size}.")
-    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
-        raise ValueError(f"refine must be a number of steps, 0 or more, but it is {refine!r}.")
+    check_refinement(refine, adaptive)
     if not 1 <= top_k <= explainer.config.num_labels:
         raise ValueError(
             f"top_k must lie in 1..{explainer.config.num_labels}, the number of classes, but it is {top_k}."
@@ -164,7 +164,7 @@ def explain(
         photographs = [read_image(source) for source in sources[start : start + batch_size]]
         rows = slice(start, start + batch_size)
         wanted, compared = (None if classes is None else classes[rows] for classes in (targets, others))
-        results += _explain_batch(explainer, photographs, wanted, compared, top_k, refine)
+        results += _explain_batch(explainer, photographs, wanted, compared, top_k, refine, adaptive)
     if top_k == 1:
         results = [explanations[0] for explanations in results]
     return results[0] if single else results
@@ -177,6 +177,7 @@ def _explain_batch(
     others: list[int] | None,
     top_k: int,
     refine: int,
+    adaptive: bool,
 ) -> list[list[Explanation]]:
     # One by one: processors that keep the aspect ratio give inputs of several sizes, which no batch can hold.
     inputs = [explainer.image_processor([image], return_tensors="pt")["pixel_values"] for image in photographs]
@@ -188,6 +189,7 @@ def _explain_batch(
                 *(None if classes is None else [classes[row]] for classes in (targets, others)),
                 top_k,
                 refine,
+                adaptive,
             )[0]
             for row, image in enumerate(photographs)
         ]
@@ -197,7 +199,9 @@ def _explain_batch(
         None if classes is None else torch.tensor(classes, device=explainer.device) for classes in (targets, others)
     )
     if refine:
-        output, refinements = refined_maps(explainer, pixel_values, target, top_k, refine, against=against)
+        output, refinements = refined_maps(
+            explainer, pixel_values, target, top_k, refine, against=against, adaptive=adaptive
+        )
     else:
         output = plain_maps(explainer, pixel_values, target, top_k, against=against)
     probability = output.logits.float().softmax(-1).cpu()
@@ -217,6 +221,16 @@ def _explain_batch(
         ]
         for row, photograph in enumerate(photographs)
     ]
+
+
+def check_refinement(refine: int, adaptive: bool) -> None:
+    """Raises ValueError: no number of steps, or `adaptive` without any."""
+    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
+        raise ValueError(f"refine must be a number of steps, 0 or more, but it is {refine!r}.")
+    if not isinstance(adaptive, bool):
+        raise ValueError(f"adaptive must be True or False, but it is {adaptive!r}.")
+    if adaptive and not refine:
+        raise ValueError("adaptive is about refinement, but refine is 0; give the number of steps, as in refine=10.")
 
 
 def plain_maps(
@@ -246,6 +260,7 @@ def refined_maps(
     steps: int,
     *,
     against: torch.Tensor | None = None,
+    adaptive: bool = False,
 ) -> tuple[AhaOutput, list[dict[str, int | float]]]:
     """Refined maps, and for each of the B * top_k maps, image by image, what refinement did.
 
@@ -256,6 +271,7 @@ def refined_maps(
         top_k: 1 where `target` or `against` is given.
         steps: most updates a map.
         against: (B,) classes to compare with.
+        adaptive: as in [`refine`].
 
     Returns:
         scores (B, top_k, h, w), logits (B, C), target (B, top_k) and against, of that shape; and the facts `steps`,
@@ -264,7 +280,7 @@ def refined_maps(
     if top_k > 1:
         target = explainer.explain_top(pixel_values, top_k).target.flatten()
         pixel_values = pixel_values.repeat_interleave(top_k, dim=0)
-    refined = explainer.refine(pixel_values, target, against=against, steps=steps)
+    refined = explainer.refine(pixel_values, target, against=against, steps=steps, adaptive=adaptive)
     facts = {"steps": refined.steps_taken, "passes": refined.passes, "value": refined.value}
     facts |= {"initial_value": refined.initial_value, "gain": refined.gain}
     scores, target = (tensor.unflatten(0, (-1, top_k)) for tensor in (refined.scores, refined.target))

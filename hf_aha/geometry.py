@@ -150,22 +150,27 @@ class InputGeometry:
             result[..., rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = inside
         return result
 
-    def to_input(self, mask: Tensor) -> Tensor:
+    def to_input(self, mask: Tensor, nearest: bool = False) -> Tensor:
         """Bring a mask of the photograph, such as a bounding box, to the pixels of the model input.
 
         Each input pixel gets the mean of the mask over the part of the photograph it shows; zero padding gets 0.
 
         Args:
             mask: (..., H, W), the original size; boolean, or numbers.
+            nearest: take the photograph's pixel under the centre of each input pixel instead of a mean.
 
         Returns:
-            (..., h, w) float32; of a boolean mask, boolean: True where at least half of the pixel is inside the mask.
+            (..., h, w) float32; of a boolean mask, boolean: True where at least half of the pixel, or with `nearest`
+            its centre, is inside the mask.
         """
         self._check(mask, "mask", self.original_size, "the original size")
         vertical, horizontal = self._axes
         left, top, right, bottom = self.content_box
-        shares = _resample(mask.float(), vertical.area_taps(np.arange(top, bottom)), dim=-2)
-        shares = _resample(shares, horizontal.area_taps(np.arange(left, right)), dim=-1)
+        down, across = (
+            axis.nearest_taps(pixels) if nearest else axis.area_taps(pixels)
+            for axis, pixels in ((vertical, np.arange(top, bottom)), (horizontal, np.arange(left, right)))
+        )
+        shares = _resample(_resample(mask.float(), down, dim=-2), across, dim=-1)
         result = shares.new_zeros((*mask.shape[:-2], *self.input_size))
         result[..., top:bottom, left:right] = shares
         return result >= 0.5 if mask.dtype == torch.bool else result
@@ -236,6 +241,11 @@ class _Axis:
         indices = _neighbours(lows, int(np.ceil(scale)) + 1)
         overlap = np.minimum(indices + 1, highs[:, None]) - np.maximum(indices, lows[:, None])
         return _normalised(indices, np.maximum(overlap, 0), 0, self.original)
+
+    def nearest_taps(self, pixels: np.ndarray) -> _Taps:
+        """The original pixel under the centre of each of the given input ones, in integers as in `covered`."""
+        indices = (2 * (pixels + self.start) + 1) * self.original // (2 * self.resized)
+        return _Taps(indices[:, None], np.ones((len(pixels), 1), np.float32))
 
 
 def _neighbours(lows: np.ndarray, count: int) -> np.ndarray:

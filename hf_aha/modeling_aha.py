@@ -703,6 +703,7 @@ class AhaExplainer(PreTrainedModel):
         top_k: int = 1,
         batch_size: int = 8,
         refine: int = 0,
+        adaptive: bool = False,
     ) -> Any:
         """Explain photographs as they are: read, processed, scored, and mapped back to their own pixels.
 
@@ -714,6 +715,7 @@ class AhaExplainer(PreTrainedModel):
             top_k: explain this many of the most probable classes instead; not together with `target` or `against`.
             batch_size: images a forward pass.
             refine: steps of test-time refinement on each map, as `refine` does by default; many more passes.
+            adaptive: with `refine`: spend these passes where they bring most, as `refine(adaptive=True)` does.
 
         Returns:
             an [`Explanation`] for one image, a list of them for a list; with `top_k` > 1 a list of them an image.
@@ -725,7 +727,16 @@ class AhaExplainer(PreTrainedModel):
                 list of the wrong length.
         """
         module = _import_package_module("explanation", "explain")
-        return module.explain(self, images, target, against=against, top_k=top_k, batch_size=batch_size, refine=refine)
+        return module.explain(
+            self,
+            images,
+            target,
+            against=against,
+            top_k=top_k,
+            batch_size=batch_size,
+            refine=refine,
+            adaptive=adaptive,
+        )
 
     def refine(
         self,

@@ -53,7 +53,7 @@ class FaithfulnessObjective:
         ranker: `"transport"`, `"sinkhorn"` or `"quantile"`.
         num_bins: K, equal steps of the curves.
         curve_points: random points per curve and image; 0 takes all of 1..K-1 (both ends have no gradient).
-        straight_through: perturb with hard masks and differentiate the soft ones.
+        straight_through: perturb with hard masks and differentiate the soft ones; soft masks in both when off.
         noise: scale of the ranker's Gumbel noise.
         pixel_share: share of steps that rank pixels; the others rank the cells of a random grid.
         grid_range: least and most cells a side of a random grid, drawn uniformly.
@@ -77,7 +77,7 @@ class FaithfulnessObjective:
     ranker: str = "quantile"
     num_bins: int = 20
     curve_points: int = 4
-    straight_through: bool = True
+    straight_through: bool = False
     noise: float = 0.0
     pixel_share: float = 0.5
     grid_range: tuple[int, int] = (7, 28)

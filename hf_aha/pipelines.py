@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .explanation import plain_maps, refined_maps
+from .explanation import check_refinement, plain_maps, refined_maps
 from .geometry import InputGeometry
 from .images import ImageReadError, ImageSource, read_image
 from .modeling_aha import AhaExplainer, AhaOutput
@@ -36,8 +36,8 @@ class VisualAttributionPipeline(Pipeline):
         device: moves the explainer there; it stays where it is when left out.
         dtype: what the explainer is in; another one is refused, not cast.
         local_files_only: `transformers.pipeline` hands it on after the loading; no effect here.
-        **parameters: defaults for every call, as there: `target`, `against`, `top_k`, `refine`, `overlay`,
-            `batch_size`, `num_workers`.
+        **parameters: defaults for every call, as there: `target`, `against`, `top_k`, `refine`, `adaptive`,
+            `overlay`, `batch_size`, `num_workers`.
 
     Raises:
         TypeError: the model is no explainer; a parameter does not exist.
@@ -93,7 +93,8 @@ class VisualAttributionPipeline(Pipeline):
                 when left out; `against`, class index or label: explain why the target rather than this class, or,
                 without a target, why the most probable class other than this one; `top_k`, explain this many of the
                 most probable classes instead; `refine`, steps of test-time refinement on each map, which cost many
-                more passes (default: 0); `overlay`, draw the map over the photograph (default: True); `batch_size`,
+                more passes (default: 0); `adaptive`, with `refine`: spend these passes where they bring most (default:
+                False); `overlay`, draw the map over the photograph (default: True); `batch_size`,
                 photographs a forward pass (default: 1); `num_workers`, processes that read and prepare them
                 (default: 0). A `target`, `against` or `top_k` given here replaces all three of the constructor's.
 
@@ -123,11 +124,12 @@ class VisualAttributionPipeline(Pipeline):
         against: int | str | None = None,
         top_k: int | None = None,
         refine: int | None = None,
+        adaptive: bool | None = None,
         overlay: bool | None = None,
         **unknown: Any,
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         if unknown:
-            known = "target, against, top_k, refine, overlay, batch_size and num_workers"
+            known = "target, against, top_k, refine, adaptive, overlay, batch_size and num_workers"
             raise TypeError(f"The task {TASK} has no parameter {min(unknown)!r}; it has {known}.")
         classes = self.model.config.num_labels
         if top_k is not None and (isinstance(top_k, (bool, float, str)) or not 1 <= top_k <= classes):
@@ -135,8 +137,10 @@ class VisualAttributionPipeline(Pipeline):
         for name, given in (("target", target), ("against", against)):
             if given is not None and top_k not in (None, 1):
                 raise ValueError(f"Give either {name} or top_k, not both.")
-        if refine is not None and (isinstance(refine, bool) or not isinstance(refine, int) or refine < 0):
-            raise ValueError(f"refine must be a number of steps, 0 or more, but it is {refine!r}.")
+        if refine is not None or adaptive is not None:
+            # The constructor, which has no defaults yet, comes through here as well.
+            steps = getattr(self, "_forward_params", {}).get("refine", 0) if refine is None else refine
+            check_refinement(steps, False if adaptive is None else adaptive)
         if overlay not in (None, True, False):
             raise ValueError(f"overlay must be True or False, but it is {overlay!r}.")
         forward = {}
@@ -151,6 +155,8 @@ class VisualAttributionPipeline(Pipeline):
             forward = {"target": target, "against": against, "top_k": top_k or 1}
         if refine is not None:
             forward["refine"] = refine
+        if adaptive is not None:
+            forward["adaptive"] = adaptive
         return {}, forward, {} if overlay is None else {"overlay": overlay}
 
     def preprocess(self, input_: ImageSource) -> dict[str, list[Any]]:
@@ -171,6 +177,7 @@ class VisualAttributionPipeline(Pipeline):
         against: int | None = None,
         top_k: int = 1,
         refine: int = 0,
+        adaptive: bool = False,
     ) -> dict[str, torch.Tensor | list[Any] | None]:
         inputs = input_tensors["pixel_values"]
         # As it left `preprocess` at batch size 1, else one such list an image.
@@ -181,7 +188,7 @@ class VisualAttributionPipeline(Pipeline):
             inputs = [torch.cat(inputs)]
         outputs, facts = [], []
         for pixel_values in inputs:
-            output, refinements = self._explain(pixel_values, target, against, top_k, refine)
+            output, refinements = self._explain(pixel_values, target, against, top_k, refine, adaptive)
             outputs.append(output)
             facts += [refinements[start : start + top_k] for start in range(0, len(refinements), top_k)]
         logits, targets = (torch.cat([output[key] for output in outputs]) for key in ("logits", "target"))
@@ -192,14 +199,20 @@ class VisualAttributionPipeline(Pipeline):
         return result | {_REFINEMENT: ([[fact] for fact in facts] if batched else facts) or None}
 
     def _explain(
-        self, pixel_values: torch.Tensor, target: int | None, against: int | None, top_k: int, refine: int
+        self,
+        pixel_values: torch.Tensor,
+        target: int | None,
+        against: int | None,
+        top_k: int,
+        refine: int,
+        adaptive: bool,
     ) -> tuple[AhaOutput, list[dict[str, int | float]]]:
         target, against = (
             None if given is None else torch.full((len(pixel_values),), given, device=pixel_values.device)
             for given in (target, against)
         )
         if refine:
-            return refined_maps(self.model, pixel_values, target, top_k, refine, against=against)
+            return refined_maps(self.model, pixel_values, target, top_k, refine, against=against, adaptive=adaptive)
         return plain_maps(self.model, pixel_values, target, top_k, against=against), []
 
     def postprocess(

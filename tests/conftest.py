@@ -185,3 +185,11 @@ def accelerate_afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def compile_eagerly(monkeypatch) -> None:
+    """`torch.compile` without a compiler: the graphs are captured, but run as they are."""
+    torch.compiler.reset()  # a classifier compiled by another test may not stand in
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **kwargs: compile_with(module, backend="eager", **kwargs))

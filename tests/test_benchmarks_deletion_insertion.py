@@ -52,7 +52,15 @@ def test_it_compares_the_ways_and_their_areas(script, classifier, tmp_path, caps
     result = run(script, classifier, tmp_path / "result.json", "--no-quantus")
     assert set(result["seconds"]) == {"ours", "bare", "loop"} and set(result["ratios"]) == {"bare", "loop"}
     assert result["memory_bytes"] is None and result["quantus_steps"] is None
-    assert "ours takes" in capsys.readouterr().out
+    assert "it takes" in capsys.readouterr().out
+
+
+def test_compiled_passes_stand_beside_ours(script, classifier, tmp_path, capsys, compile_eagerly):
+    result = run(script, classifier, tmp_path / "result.json", "--no-quantus", "--compile")
+    assert set(result["seconds"]) == {"ours", "compiled", "bare", "loop"}
+    assert set(result["ratios"]) == {"compiled", "bare", "loop"}
+    assert set(result["ratios_to_compiled"]) == {"bare", "loop"}
+    assert "| Way | Seconds an image | Against ours | Against compiled |" in capsys.readouterr().out
 
 
 def test_bare_makes_exactly_the_passes_of_ours(script, classifier):

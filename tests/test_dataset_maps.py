@@ -34,7 +34,7 @@ from hf_aha.dataset_maps import (
     ranks_to_png,
 )
 from hf_aha.dataset_maps.card import maps_card
-from hf_aha.dataset_maps.folder import split_name
+from hf_aha.dataset_maps.folder import CONTRAST_FEATURES, FEATURES, split_name
 from hf_aha.dataset_maps.ranks import quantised_ranks
 from hf_aha.metrics.rank_maps import rank_correlation
 
@@ -265,6 +265,52 @@ def test_the_class_asked_about_may_be_fixed_or_the_rows_own(explainer, tmp_path)
         make(explainer, tmp_path / "both", asked={"target": 3}, top_k=2)
 
 
+@pytest.mark.parametrize("target", [2, None])
+def test_a_class_may_be_compared_with_another(explainer, tmp_path, target):
+    """Target 2 rather than the class most predicted, or the most probable class other than that."""
+    images = [photograph(row) for row in range(7)]
+    with torch.no_grad():
+        predicted = explainer(pixels_of(explainer, images)).target
+    against = int(predicted[predicted != 2].mode().values)
+    summary = make(explainer, tmp_path / "out", asked={"target": target, "against": against})
+    maps = load_maps(tmp_path / "out")
+    assert (summary.maps, summary.unreadable) == (7, [])
+    assert maps.features == {**FEATURES, **CONTRAST_FEATURES} == {**MapsFolder.existing(tmp_path / "out").features}
+    for number, image in enumerate(images):
+        expected = explainer.explain(image, target, against=against)
+        one = StoredMap.from_row(maps[number])
+        assert (one.target, one.against, one.against_label) == (expected.target, against, LABELS[against])
+        assert one.target == (target or predicted[number]) or predicted[number] == against
+        assert one.against_probability == pytest.approx(expected.against_probability, rel=1e-4)
+        seen = ~np.isnan(one.ranks)
+        pair = (torch.from_numpy(scores[seen])[None] for scores in (expected.scores, one.ranks))
+        assert rank_correlation(*pair) > 0.98
+        explanation = one.explanation(image)
+        assert explanation.title == expected.title and f" rather than {LABELS[against]}" in explanation.title
+    with pytest.raises(ValueError, match="no 'against_label'"):
+        StoredMap.from_row({name: value for name, value in maps[0].items() if name != "against_label"})
+    card = maps_card(summary, json.loads((tmp_path / "out" / "run.json").read_text())["identity"], name="out")
+    asked = "class 2" if target else f"the most probable class other than {against}"
+    assert f"{asked}, rather than class {against}" in card and "| `against` | index of the class" in card
+
+
+def test_rows_of_the_compared_class_are_listed_and_the_others_explained(explainer, tmp_path):
+    asked = {"label_column": "label", "classes": [4, 3, 2, 1, 0], "against": 2}
+    summary = make(explainer, tmp_path / "out", asked=asked)
+    found = tables(tmp_path / "out")
+    assert [row["target"] for row in found] == [4, 3, 1, 0, 4, 3] and {row["against"] for row in found} == {2}
+    assert [(one["row"], one["error"]) for one in summary.unreadable] == [
+        (2, "Its class 2 is the one that the target is compared with.")
+    ]
+
+
+def test_maps_without_a_comparison_are_as_they_were(explainer, tmp_path):
+    make(explainer, tmp_path / "out", top_k=2)
+    assert "against" not in json.loads((tmp_path / "out" / "run.json").read_text())["identity"]
+    maps = load_maps(tmp_path / "out")
+    assert maps.features == FEATURES and StoredMap.from_row(maps[0]).against is None
+
+
 def test_photographs_that_cannot_be_read_are_listed_and_the_others_keep_their_numbers(explainer, tmp_path):
     summary = make(explainer, tmp_path / "out", photographs(8, broken=(0, 3, 4, 5)))
     assert [row["row"] for row in tables(tmp_path / "out")] == [1, 2, 6, 7]
@@ -398,6 +444,7 @@ def test_a_damaged_file_is_made_again(explainer, tmp_path):
         ({"names": {**NAMES, "explainer": {"id": "other"}}}, 'another explainer (explainer.id: "tiny" there'),
         ({"quantisation": "uint16"}, 'other settings (quantisation: "uint8" there, "uint16" now)'),
         ({"asked": {"target": 1}}, 'other settings (target: "predicted" there, 1 now)'),
+        ({"asked": {"against": 1}}, "other settings (against: null there, 1 now)"),
         ({"top_k": 2}, "other settings (top_k: 1 there, 2 now)"),
         ({"map_size": (8, 8)}, "other settings (map_size: null there, [8, 8] now)"),
         ({"shard_rows": 2}, "other settings (shard_rows: 3 there, 2 now)"),
@@ -500,6 +547,9 @@ def test_two_processes_give_the_same_rows_as_one(explainer, tmp_path):
         ({"asked": {"label_column": "image"}}, "class indices"),
         ({"asked": {"label_column": "colour"}}, "'colour'"),
         ({"asked": {"target": 1, "label_column": "label"}}, "not both"),
+        ({"asked": {"target": 1, "against": 1}}, "both class 1, but must be two classes"),
+        ({"asked": {"against": 5}}, "against must lie in 0..4"),
+        ({"asked": {"against": 1}, "top_k": 2}, "either against or top_k"),
     ],
 )
 def test_wrong_settings_are_named_before_anything_is_written(explainer, tmp_path, settings, named):

@@ -117,6 +117,31 @@ def test_the_files_hold_what_was_measured(evaluate, explainer, tmp_path, capsys)
     assert "| AHA (tiny) |" in text and "aha/deletion ↓" in text and "road ↑" in text
 
 
+def test_a_compiled_classifier_gives_the_same_numbers_and_is_named(evaluate, tmp_path, compile_eagerly, capsys):
+    save_dataset(tmp_path / "data", 3)
+    assert evaluate("--protocol", "aha", "--quiet") == 0
+    plain = BenchmarkResults.load(tmp_path / "out").protocols["aha/deletion"]["aha"]
+    assert evaluate("--protocol", "aha", "--quiet", "--compile", "--resume") == 2
+    assert "differs in precision" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "out")
+    assert evaluate("--protocol", "aha", "--quiet", "--compile") == 0
+    compiled = BenchmarkResults.load(tmp_path / "out")
+    assert compiled.run["precision"] == "float32, compiled"
+    np.testing.assert_allclose(compiled.protocols["aha/deletion"]["aha"].curves, plain.curves, atol=1e-5)
+
+
+def test_what_cannot_be_compiled_is_one_sentence(evaluate, tmp_path, capsys, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    torch.compiler.reset()
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **kwargs: compile_with(module, backend=refuse, **kwargs))
+    save_dataset(tmp_path / "data", 1)
+    assert evaluate("--protocol", "aha", "--quiet", "--compile") == 2
+    assert "cannot be compiled here (no compiler); leave out --compile" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_every_protocol_fits_any_input(evaluate, tmp_path):
     save_dataset(tmp_path / "data", 1)
     assert evaluate("--protocol", "all", "--quiet") == 0

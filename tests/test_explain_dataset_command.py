@@ -114,11 +114,31 @@ def test_the_class_may_be_that_of_the_dataset(explain, tmp_path):
     assert "class in the column label" in card and "8 x 16, averaged" in card and "whole order" in card
 
 
+def test_why_a_class_rather_than_another(explain, explainer, tmp_path, capsys):
+    save_dataset(tmp_path / "data", 3)
+    words = ("--target", "church", "--against", "parachute")
+    assert explain(*words) == 0
+    maps = load_maps(tmp_path / "out")
+    assert set(maps["label"]) == {"church"} and set(maps["against_label"]) == {"parachute"}
+    image = datasets.load_dataset(str(tmp_path / "data"), split="validation")[1]["image"]
+    expected = AhaExplainer.from_pretrained(explainer).eval().explain(image, "church", against="parachute")
+    assert StoredMap.from_row(maps[1]).explanation(image).title == expected.title
+    assert "rather than class" in (tmp_path / "out" / "README.md").read_text()
+    assert explain(*words, "--resume") == 0
+    for other in (words[:2], (*words[:3], "tench")):
+        capsys.readouterr()
+        assert explain(*other, "--resume") == 2
+        assert "(against: 2 there, " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         (("--target", "plane"), "'plane'"),
         (("--target", "church", "--top-k", 2), "--top-k"),
+        (("--against", "plane"), "'plane'"),
+        (("--target", "church", "--against", "church"), "both name church; give two classes"),
+        (("--against", "church", "--top-k", 2), "--against does not go with --top-k"),
         (("--target", "label-column"), "--label-column"),
         (("--target", "label-column", "--label-column", "colour"), "'colour'"),
         (("--label-column", "label"), "--target label-column"),

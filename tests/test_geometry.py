@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -327,6 +329,26 @@ def test_mask_lies_where_the_processor_puts_a_white_box(name, size):
     shares = InputGeometry.from_processor(PROCESSORS[name], size).to_input(torch.from_numpy(mask)).numpy()
     assert np.abs(centroid(shares) - centroid(made)).max() < 0.1
     assert shares.sum() == pytest.approx(made.sum(), rel=0.05)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_nearest_masks_are_those_of_the_real_processor(name, size):
+    """Pillow's nearest filter takes the pixel under the centre as well, and either of two that are equally near."""
+    mask = np.random.default_rng(0).random(size) < 0.5
+    processor = copy.deepcopy(PROCESSORS[name])
+    processor.resample = Image.Resampling.NEAREST
+    image = np.repeat(np.uint8(255) * mask[..., None], 3, axis=2)
+    geometry = InputGeometry.from_processor(processor, size)
+    found = geometry.to_input(torch.from_numpy(mask), nearest=True)
+    assert found.dtype == torch.bool
+    left, top = geometry.crop_box[:2]
+    clear = []
+    for axis, start in enumerate((top, left)):
+        centres = (np.arange(geometry.input_size[axis]) + start + 0.5) * size[axis] / geometry.resized_size[axis]
+        clear.append(abs(centres - centres.round()) > 1e-9)
+    sure = np.ix_(*clear)
+    np.testing.assert_array_equal(found.numpy()[sure], (pixels_after(processor, image)[..., 0] > 0)[sure])
 
 
 @pytest.mark.parametrize("name", ["vit", "bit", "clip, crop larger than resized"])

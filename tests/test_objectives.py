@@ -14,8 +14,8 @@ from hf_aha.perturbation import Normalization, reference_image
 
 
 NORM = Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-# Every point of both curves, one certain reference: nothing is left to chance.
-EXACT = FaithfulnessObjective(num_bins=8, curve_points=0, pixel_share=1.0, references=("mean",))
+# Hard masks, every point of both curves, one certain reference: nothing is left to chance.
+EXACT = FaithfulnessObjective(num_bins=8, curve_points=0, straight_through=True, pixel_share=1.0, references=("mean",))
 
 
 class Linear(torch.nn.Module):

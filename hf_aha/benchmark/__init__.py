@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .collect import collect
 from .images import EvaluationImages, select_images
+from .masks import ObjectColumn
 from .methods import Entry, LearnedExplainer, parse_entries
 from .report import markdown, write_examples, write_report
 from .results import BenchmarkResults, MethodRecord
@@ -23,6 +24,7 @@ __all__ = [
     "EvaluationImages",
     "LearnedExplainer",
     "MethodRecord",
+    "ObjectColumn",
     "Store",
     "collect",
     "markdown",

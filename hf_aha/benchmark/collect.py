@@ -41,6 +41,7 @@ def collect(
     batches = range(-(-count // settings.batch_size))
     images: list[str] = []
     unreadable: dict[str, str] = {}
+    no_mask: dict[str, str] = {}
     predicted: dict[str, int] = {}
     labels: dict[str, int] | None = None
     parts_of: dict[str, list[dict[str, Any]]] = {}
@@ -54,6 +55,7 @@ def collect(
             images = [image for part in parts for image in part["images"]]
         for part in parts:
             unreadable |= part["unreadable"]
+            no_mask |= part.get("no_mask", {})
             predicted |= dict(zip(part["readable"], part["predicted"], strict=True))
             if part["labels"] is not None:
                 labels = {} if labels is None else labels
@@ -93,6 +95,7 @@ def collect(
         protocols=protocols,
         metrics=metrics,
         directions=directions,
+        no_mask={image: no_mask[image] for image in images if image in no_mask},
     )
 
 

@@ -14,15 +14,19 @@ import torch
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
-from ..data import Photographs, ProcessorCrop, load_photographs
+from ..data import Photographs, ProcessorCrop, encoded_image, load_photographs
+from ..geometry import InputGeometry
+from ..images import read_image
+from .masks import NoMaskError, ObjectColumn
 
 
 class EvaluationImages(Dataset):
     """Some rows of an image dataset as the classifier sees them.
 
-    An item is `{"id", "pixel_values", "label"}`, or `{"id", "error"}` where the row cannot be read. The id is the
-    number of the row in its split and the beginning of the SHA-256 of the stored file, `"17-9f86d081"`, so that
-    results on other images of the same name cannot be paired.
+    An item is `{"id", "pixel_values", "label"}`, or `{"id", "error"}` where the row cannot be read. With `objects` it
+    also holds `mask`, (h, w) bool on these pixels, or `no_mask`, the reason that there is none. The id is the number
+    of the row in its split and the beginning of the SHA-256 of the stored file, `"17-9f86d081"`, so that results on
+    other images of the same name cannot be paired.
 
     Args:
         dataset: rows with an undecoded image column, as `load_photographs` returns them.
@@ -32,9 +36,11 @@ class EvaluationImages(Dataset):
         label_column: column of the ground truth, or None.
         classes: the classifier's class of every value of that column, -1 where it has none; None for the values as
             they are.
+        objects: the column of their masks or boxes.
 
     Raises:
-        ValueError: no row is left, or the label column does not fit (see `Photographs`).
+        ValueError: no row is left, the column of the labels (see `Photographs`) or objects does not fit, or masks
+            cannot follow the image processor (see `InputGeometry`).
     """
 
     def __init__(
@@ -45,13 +51,18 @@ class EvaluationImages(Dataset):
         image_processor: BaseImageProcessor,
         label_column: str | None = None,
         classes: Sequence[int] | None = None,
+        objects: ObjectColumn | None = None,
     ) -> None:
         if not len(rows):
             raise ValueError("There is no image to measure: the split is empty, or --skip leaves nothing of it.")
         self.rows = [int(row) for row in rows]
-        self._photographs = Photographs(
-            dataset.select(self.rows), image_column, ProcessorCrop(image_processor), label_column
-        )
+        chosen = dataset.select(self.rows)
+        self._photographs = Photographs(chosen, image_column, ProcessorCrop(image_processor), label_column)
+        self.objects = objects
+        if objects is not None:
+            self._object_rows = objects.rows(chosen, image_column)
+            InputGeometry.from_processor(image_processor, (256, 256))  # what it refuses is said before the first image
+        self._image_processor = image_processor
         self._image_column = image_column
         self._classes = None if classes is None else list(classes)
         self.has_labels = label_column is not None
@@ -67,7 +78,18 @@ class EvaluationImages(Dataset):
         label = row["label"]
         if self._classes is not None and label >= 0:
             label = self._classes[label]
-        return {"id": name, "pixel_values": row["pixel_values"], "label": label}
+        found = {"id": name, "pixel_values": row["pixel_values"], "label": label}
+        if self.objects is not None:
+            try:
+                found["mask"] = self._mask(index)
+            except NoMaskError as error:
+                found["no_mask"] = str(error)
+        return found
+
+    def _mask(self, index: int) -> torch.Tensor:
+        photograph = read_image(encoded_image(self._photographs.dataset[index][self._image_column]))
+        geometry = InputGeometry.from_processor(self._image_processor, (photograph.height, photograph.width))
+        return self.objects.mask(self._object_rows[index][self.objects.name], geometry)
 
     def _content(self, index: int) -> str:
         cell = self._photographs.dataset[index][self._image_column] or {}
@@ -91,6 +113,7 @@ def select_images(
     revision: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    objects: ObjectColumn | None = None,
 ) -> tuple[EvaluationImages, dict[str, Any], list[str]]:
     """Draw images from a split of a dataset.
 
@@ -103,16 +126,22 @@ def select_images(
         skip: leave out this many at the beginning of the order.
         seed: of the order.
         label_column: column of the ground truth; found by its type, if there is one only, when left out.
+        objects: column of the masks or boxes of the objects.
 
     Returns:
         the images; what tells which they are (`dataset`, `dataset_revision`, `split`, `seed`), JSON values; and notes
         on what a reader of the numbers should know.
 
     Raises:
-        ValueError: the dataset has no such column or no row.
+        ValueError: the dataset has no such column or no row, or a column does not fit (see `EvaluationImages`).
     """
     dataset, image_column = load_photographs(
-        name, split=split, config_name=config_name, image_column=image_column, revision=revision
+        name,
+        split=split,
+        config_name=config_name,
+        image_column=image_column,
+        revision=revision,
+        besides=() if objects is None else (objects.name,),
     )
     if not len(dataset):
         raise ValueError(f"The split {split!r} of the dataset {name} has no row.")
@@ -130,7 +159,7 @@ def select_images(
             label_column = None
     elif label_column is None:
         notes.append("The dataset has no column of class labels, so what needs the ground truth is not measured.")
-    found = EvaluationImages(dataset, image_column, rows, image_processor, label_column, classes)
+    found = EvaluationImages(dataset, image_column, rows, image_processor, label_column, classes, objects)
     # The folder of a local dataset is no name that others could use.
     local = Path(name).exists()
     facts = {
@@ -209,3 +238,20 @@ def collate_images(rows: list[dict[str, Any]]) -> tuple[list[str], torch.Tensor 
     pixel_values = torch.stack([row["pixel_values"] for row in good]) if good else None
     labels = torch.tensor([row["label"] for row in good], dtype=torch.int64)
     return [row["id"] for row in good], pixel_values, labels, errors
+
+
+def collate_masks(rows: list[dict[str, Any]], ids: Sequence[str]) -> tuple[torch.Tensor | None, dict[str, str]]:
+    """Masks (B, h, w) bool of the images that `collate_images` kept, and the reason of each that has none.
+
+    Such an image gets an empty mask, which no metric has a value for. None without masks in the rows.
+
+    Args:
+        rows: items of `EvaluationImages`.
+        ids: of the images kept, at least one.
+    """
+    kept = {row["id"]: row for row in rows if row["id"] in ids}
+    if not all("mask" in row or "no_mask" in row for row in kept.values()):
+        return None, {}
+    size = kept[ids[0]]["pixel_values"].shape[-2:]
+    masks = [kept[name].get("mask", torch.zeros(size, dtype=torch.bool)) for name in ids]
+    return torch.stack(masks), {name: kept[name]["no_mask"] for name in ids if "no_mask" in kept[name]}

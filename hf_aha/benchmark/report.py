@@ -131,6 +131,7 @@ def _head(results: BenchmarkResults, id2label: dict[int, str]) -> str:
         f"{context['dataset_revision'] or 'none'}), drawn with seed {context['seed']}, {run['image_size'][0]} x "
         f"{run['image_size'][1]} px; {len(results.unreadable)} unreadable",
         f"- Maps are for the predicted class; {'no labels' if accuracy is None else f'accuracy {accuracy:.3f}'}",
+        *_objects(run.get("masks")),
         f"- Classes never predicted: {len(never)} of {len(id2label)}{f' ({names})' if never else ''}",
         f"- Passes of the target model: {run['precision']} on {run['device']} ({run['machine']}); metrics in float32",
         f"- {', '.join(f'{name} {number}' for name, number in run['versions'].items())}; seed {run['seed']}",
@@ -144,6 +145,17 @@ def _head(results: BenchmarkResults, id2label: dict[int, str]) -> str:
     )
     facts = "\n".join(lines)
     return f"# {title}{' and others' if len(results.methods) > 3 else ''}\n\n{facts}\n\n{note}"
+
+
+def _objects(masks: dict[str, str] | None) -> list[str]:
+    if masks is None:
+        return []
+    where = (
+        f"`{masks['mask_column']}`"
+        if "mask_column" in masks
+        else f"`{masks['box_column']}`, boxes as {masks['box_format']}"
+    )
+    return [f"- Masks of the objects: column {where}"]
 
 
 def _protocol_table(results: BenchmarkResults, protocols: dict[str, dict[str, ProtocolResult]]) -> str:
@@ -238,6 +250,9 @@ def _left_out(results: BenchmarkResults) -> str:
     lines = []
     if results.unreadable:
         lines.append(f"- Unreadable images: {_names([f'{i}: {why}' for i, why in results.unreadable.items()])}")
+    if results.no_mask:
+        reasons = [f"{image}: {why}" for image, why in results.no_mask.items()]
+        lines.append(f"- {len(reasons)} images without a mask of their object: {_names(reasons)}")
     for record in results.methods:
         if record.constant:
             lines.append(

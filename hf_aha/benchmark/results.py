@@ -59,6 +59,7 @@ class BenchmarkResults:
         metrics: values of each method by metric, `metrics["road/morf"][method]`, NaN where an image has none, one an
             image of `readable(method)`.
         directions: of each metric, whether higher is better; None for the parts of one.
+        no_mask: readable images without a usable mask of their object, where masks were asked for, with the reason.
     """
 
     run: dict[str, Any]
@@ -70,6 +71,7 @@ class BenchmarkResults:
     protocols: dict[str, dict[str, ProtocolResult]]
     metrics: dict[str, dict[str, np.ndarray]]
     directions: dict[str, bool | None]
+    no_mask: dict[str, str] = field(default_factory=dict)
 
     def readable(self, method: MethodRecord) -> list[str]:
         """Ids of the readable images that a method was tried on."""
@@ -112,6 +114,7 @@ class BenchmarkResults:
             "run": self.run,
             "images": list(self.images),
             "unreadable": self.unreadable,
+            "no_mask": self.no_mask,
             "predicted": self.predicted,
             "labels": self.labels,
             "accuracy": self.accuracy(),
@@ -211,6 +214,7 @@ class BenchmarkResults:
                 for name, entry in header["metrics"].items()
             },
             directions={name: entry["higher_is_better"] for name, entry in header["metrics"].items()},
+            no_mask=header.get("no_mask", {}),
         )
 
 

@@ -25,9 +25,10 @@ from ..metrics.subject import Subject
 from ..metrics.unoptimised import UnoptimisedMetric
 from ..perturbation import Normalization
 from .cost import measured_cost
-from .images import EvaluationImages, collate_images
+from .images import EvaluationImages, collate_images, collate_masks
+from .masks import ObjectColumn
 from .methods import Entry
-from .store import BenchmarkError, Store, average, pack, protocol_key
+from .store import MASKS, BenchmarkError, Store, average, pack, protocol_key
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class BenchmarkSettings:
         batch_size: images explained together.
         max_batch: perturbed images in a pass of the classifier.
         precision: of these passes, see `TargetPasses`.
+        compiled: likewise.
         seed: of the metrics that draw something.
         examples: keep the maps of this many images for the sheet.
 
@@ -58,6 +60,7 @@ class BenchmarkSettings:
     batch_size: int = 8
     max_batch: int = 10
     precision: str = "auto"
+    compiled: bool = False
     seed: int = 0
     examples: int = 4
 
@@ -102,14 +105,18 @@ def measure(
 
     Raises:
         BenchmarkError: the folder holds another measurement, a library is missing, or memory ran out.
+        ValueError: a metric needs masks of the objects, and the images have none.
         OSError: the folder cannot be written.
     """
+    masked = [name for name, metric in settings.metrics.items() if metric.needs_masks]
+    if masked and images.objects is None:
+        raise ValueError(f"The metric {masked[0]!r} needs masks of the objects: give the images objects=.")
     state = processes(next(classifier.parameters()).device.type)
-    passes = TargetPasses(classifier, settings.precision)
+    passes = TargetPasses(classifier, settings.precision, settings.compiled)
     store = Store(output)
     if state.is_main_process:
         store.open(
-            run_identity(settings, passes),
+            run_identity(settings, passes, images.objects),
             {entry.name: {"title": entry.method.title, **entry.identity()} for entry in settings.entries},
             resume,
         )
@@ -145,7 +152,9 @@ class _OneProcess:
         pass
 
 
-def run_identity(settings: BenchmarkSettings, passes: TargetPasses) -> dict[str, Any]:
+def run_identity(
+    settings: BenchmarkSettings, passes: TargetPasses, objects: ObjectColumn | None = None
+) -> dict[str, Any]:
     """What all numbers in a folder share, JSON values."""
     context = asdict(settings.context)
     del context["method"]
@@ -153,10 +162,11 @@ def run_identity(settings: BenchmarkSettings, passes: TargetPasses) -> dict[str,
         "context": context,
         "normalization": {"mean": list(settings.normalization.mean), "std": list(settings.normalization.std)},
         "batch_size": settings.batch_size,
-        "precision": passes.precision,
+        "precision": f"{passes.precision}, compiled" if passes.compiled else passes.precision,
         "device": passes.device.type,
         "seed": settings.seed,
         "versions": library_versions(),
+        **({} if objects is None else {MASKS: objects.facts()}),
     }
 
 
@@ -199,6 +209,7 @@ def _measure_batch(
                 "results": {**part["results"], **fresh["results"]},
                 "metrics": {**part["metrics"], **fresh["metrics"]},
                 "unmeasured": {**part["unmeasured"], **fresh["unmeasured"]},
+                "no_mask": {**part.get("no_mask", {}), **fresh["no_mask"]},
             }
         store.write(entry.name, batch, fresh)
 
@@ -214,7 +225,7 @@ def _load(
 ) -> _Batch:
     loaded = [images[row] for row in rows]
     ids, pixel_values, labels, errors = collate_images(loaded)
-    shared = None
+    shared, masks, no_mask = None, None, {}
     if pixel_values is not None:
         shared = MeasuredImages(
             passes,
@@ -224,7 +235,9 @@ def _load(
             max_batch=settings.max_batch,
             image_ids=ids,
         )
-    return _Batch(batch, [row["id"] for row in loaded], errors, classifier, passes, shared, settings, store)
+        masks, no_mask = collate_masks(loaded, ids)
+    names = [row["id"] for row in loaded]
+    return _Batch(batch, names, errors, classifier, passes, shared, masks, no_mask, settings, store)
 
 
 @dataclass(frozen=True)
@@ -235,6 +248,8 @@ class _Batch:
     classifier: FrozenClassifier
     passes: TargetPasses
     images: MeasuredImages | None
+    masks: torch.Tensor | None
+    no_mask: dict[str, str]
     settings: BenchmarkSettings
     store: Store
 
@@ -257,6 +272,7 @@ class _Batch:
             "results": {},
             "metrics": {},
             "unmeasured": {},
+            "no_mask": self.no_mask,
         }
         if self.images is None:
             part["results"] = {key: _nothing(unreadable, protocol) for key, protocol in protocols.items()}
@@ -344,6 +360,7 @@ class _Batch:
                             target,
                             self.settings.seed,
                             scores=scores,
+                            masks=self.masks if metric.needs_masks else None,
                             batch_size=self.settings.max_batch,
                         )
                     )

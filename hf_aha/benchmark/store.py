@@ -18,6 +18,9 @@ from ..metrics.results import ProtocolResult, ResultContext
 
 FORMAT = {"format": "hf_aha.benchmark", "format_version": 1}
 
+MASKS = "masks"
+"""Key of a run's identity that a later run may add: nothing that lies there already depends on masks."""
+
 _ARRAYS = {
     "target": np.int64,
     "labels": np.int64,
@@ -69,6 +72,9 @@ class Store:
                 )
             found = json.loads(path.read_text(encoding="utf-8"))
             known = found.pop("methods", {})
+            for one, other in ((found, wanted), (wanted, found)):
+                if MASKS in other:
+                    one.setdefault(MASKS, other[MASKS])
             differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
             if differing:
                 key = differing[0]

@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="improve each map by N steps on its own deletion and insertion curves; many more passes of the "
         "classifier (default: none)",
     )
+    group.add_argument(
+        "--adaptive",
+        action="store_true",
+        help="with --refine: spend the passes where they bring most, about half of them in all",
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output", type=Path, default=Path("explanations"), metavar="DIR", help="folder (default: %(default)s)"
@@ -84,6 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from tqdm import tqdm
 
+    if arguments.adaptive and not arguments.refine:
+        raise CommandError("--adaptive goes with --refine; give the number of steps, as in --refine 10 --adaptive.")
     output = arguments.output
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -240,6 +247,7 @@ def _explain_batch(
             top_k=arguments.top_k,
             batch_size=arguments.batch_size,
             refine=arguments.refine,
+            adaptive=arguments.adaptive,
         )
     except torch.OutOfMemoryError as error:
         raise CommandError(
@@ -285,7 +293,9 @@ def _line(source: Path | str, explanation: Explanation, paths: list[Path]) -> st
     if explanation.label != explanation.predicted_label:
         answer += f" (predicted: {explanation.predicted_label} {explanation.predicted_probability:.2f})"
     if explanation.refinement is not None:
-        answer += ", refined: insertion - deletion {initial_value:.3f} to {value:.3f}".format(**explanation.refinement)
+        answer += ", refined: insertion - deletion {initial_value:.3f} to {value:.3f} in {passes} passes".format(
+            **explanation.refinement
+        )
     return f"{name}: {answer} -> {paths[0]}"
 
 

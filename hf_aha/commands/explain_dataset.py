@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"'{PREDICTED}', the predicted class of each (the default); '{LABEL_COLUMN}', the class that the dataset "
         "gives it; or a label or index of the classifier for all of them",
     )
+    group.add_argument(
+        "--against",
+        metavar="CLASS",
+        help="explain why the target rather than this label or index; without --target, why the most probable class "
+        "other than this one",
+    )
     group.add_argument("--label-column", metavar="NAME", help=f"for --target {LABEL_COLUMN}; found by its type")
     group.add_argument(
         "--top-k", type=_positive, default=1, metavar="N", help="maps of the N most probable classes (default: 1)"
@@ -199,6 +205,8 @@ def _rows(arguments: argparse.Namespace, explainer: AhaExplainer) -> tuple[Expla
         raise CommandError(f"the dataset cannot be used: {sentence(error)}") from error
     if arguments.top_k > 1 and arguments.target not in (None, PREDICTED):
         raise CommandError("give either --target or --top-k, not both.")
+    if arguments.top_k > 1 and arguments.against is not None:
+        raise CommandError("--against does not go with --top-k; give --target for another class than the predicted.")
     asked = _asked(arguments, explainer, dataset)
     try:
         rows = ExplainedRows(
@@ -208,6 +216,7 @@ def _rows(arguments: argparse.Namespace, explainer: AhaExplainer) -> tuple[Expla
             limit=arguments.limit,
             id_column=arguments.id_column,
             folder=Path(arguments.dataset) if local else None,
+            against=_against(arguments, explainer, asked.get("target")),
             **asked,
         )
     except ValueError as error:
@@ -260,6 +269,19 @@ def _asked(arguments: argparse.Namespace, explainer: AhaExplainer, dataset: Any)
                 "classifier; explain the predicted class instead."
             )
     return {"label_column": column, "classes": classes}
+
+
+def _against(arguments: argparse.Namespace, explainer: AhaExplainer, target: int | None) -> int | None:
+    """Index of the class that the target is compared with."""
+    if arguments.against is None:
+        return None
+    try:
+        against = explainer.class_index(arguments.against)
+    except ValueError as error:
+        raise CommandError(sentence(error)) from error
+    if against == target:
+        raise CommandError(f"--target and --against both name {explainer.config.id2label[target]}; give two classes.")
+    return against
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .loading import DTYPES, _find_device, _first_line
 
 
 if TYPE_CHECKING:
-    from ..benchmark import BenchmarkResults, Entry
+    from ..benchmark import BenchmarkResults, Entry, ObjectColumn
     from ..metrics import Protocol
     from ..modeling_aha import AhaExplainer
 
@@ -36,6 +36,9 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the classifier on perturbed images; auto takes bfloat16 where the machine has units for it "
         "(default: %(default)s)",
     )
+    group.add_argument(
+        "--compile", action="store_true", help="torch.compile the classifier for the perturbed images: sooner on many"
+    )
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser, output: str) -> None:
@@ -47,6 +50,13 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, output: str) -> Non
     group.add_argument("--split", default="validation", help="(default: %(default)s)")
     group.add_argument("--image-column", metavar="NAME", help="found by its type when left out")
     group.add_argument("--label-column", metavar="NAME", help="ground truth; found by its type when left out")
+    group.add_argument("--mask-column", metavar="NAME", help="masks of the objects, for the metric localization")
+    group.add_argument("--box-column", metavar="NAME", help="boxes instead: a list a photograph, or objects with bbox")
+    group.add_argument(
+        "--box-format",
+        choices=("xyxy", "xywh"),
+        help="of the boxes: left, top, right, bottom, or left, top, width, height, in pixels of the photograph",
+    )
     group.add_argument("--images", type=_positive, metavar="N", help="how many, in random order (default: all)")
     group.add_argument("--skip", type=_count, default=0, metavar="N", help="leave out this many first (default: 0)")
     group.add_argument("--seed", type=_count, default=0, metavar="N", help="of the order of the images (default: 0)")
@@ -97,30 +107,54 @@ def find_protocols(
     return [one for one in found.values() if has_labels or one.name not in needing], notes
 
 
-def find_metrics(names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def find_metrics(names: Sequence[str], has_masks: bool = False) -> tuple[dict[str, Any], list[str]]:
     """The metrics of these names, and notes on what `all` leaves out.
 
+    Args:
+        names: of metrics, or `all`.
+        has_masks: a column with masks or boxes of the objects is named.
+
     Raises:
-        CommandError: there is no such metric (the message lists them), or it needs masks of the objects.
+        CommandError: there is no such metric (the message lists them), it needs masks of the objects and there are
+            none, or there are masks and no metric of these needs them.
     """
-    if not names:
-        return {}, []
     from ..metrics.unoptimised import UNOPTIMISED, get_unoptimised
 
     masked = [name for name, metric in UNOPTIMISED.items() if metric.needs_masks]
+    if has_masks:
+        if not {"all", *masked} & set(names):
+            raise CommandError(
+                f"--mask-column and --box-column are for the metric {masked[0]}: name it with --metrics, or leave "
+                "them out."
+            )
+        masked = []
     if "all" in names:
+        if not masked:
+            return dict(UNOPTIMISED), []
         note = f"Not measured, for want of masks of the objects: {', '.join(masked)}."
         return {name: metric for name, metric in UNOPTIMISED.items() if name not in masked}, [note]
     for name in names:
         if name in masked:
             raise CommandError(
-                f"the metric {name!r} needs masks of the objects, which this command cannot read; use it in Python "
-                "with hf_aha.metrics.unoptimised."
+                f"the metric {name!r} needs masks of the objects: name their column with --mask-column, or one of "
+                "boxes with --box-column."
             )
     try:
         return {name: get_unoptimised(name) for name in names}, []
     except ValueError as error:
         raise CommandError(sentence(error)) from error
+
+
+def _find_objects(arguments: argparse.Namespace) -> ObjectColumn | None:
+    """The column that says where the objects are; None where none is named."""
+    from ..benchmark import ObjectColumn
+
+    masks, boxes, box_format = arguments.mask_column, arguments.box_column, arguments.box_format
+    if masks is not None and boxes is not None:
+        raise CommandError("give either --mask-column or --box-column, not both.")
+    if (boxes is None) != (box_format is None):
+        raise CommandError("--box-column and --box-format (xyxy or xywh) belong together: give both, or none.")
+    return None if masks is None and boxes is None else ObjectColumn(masks or boxes, box_format)
 
 
 def begin_processes(arguments: argparse.Namespace) -> None:
@@ -170,7 +204,8 @@ def run_measurement(
     from ..metrics.passes import TargetPasses
     from ..perturbation import Normalization, perturbed_batch_size
 
-    metrics, unmasked = find_metrics(arguments.metrics)
+    objects = _find_objects(arguments)
+    metrics, unmasked = find_metrics(arguments.metrics, objects is not None)
     find_protocols(protocol_words, explainer, has_labels=True)  # a wrong name is said before anything is loaded
     images, facts, notes = _told(
         lambda: select_images(
@@ -186,6 +221,7 @@ def run_measurement(
             revision=arguments.dataset_revision,
             image_column=arguments.image_column,
             label_column=arguments.label_column,
+            objects=objects,
         )
     )
     protocols, more = find_protocols(protocol_words, explainer, images.has_labels)
@@ -209,6 +245,7 @@ def run_measurement(
             batch_size=arguments.batch_size,
             max_batch=max_batch,
             precision=arguments.precision,
+            compiled=arguments.compile,
             seed=arguments.seed,
             examples=arguments.examples,
         )
@@ -224,9 +261,17 @@ def run_measurement(
         raise CommandError(sentence(error)) from error
     except OSError as error:
         raise CommandError(f"the folder {arguments.output} cannot be written: {error.strerror or error}.") from error
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = _first_line(getattr(error, "inner_exception", error))
+        raise CommandError(
+            f"the classifier cannot be compiled here ({reason}); leave out --compile, or install what the "
+            "compiler of torch needs, such as g++."
+        ) from error
     if not processes(explainer.device.type).is_main_process:
         return 0
-    identity = run_identity(settings, TargetPasses(explainer.classifier, arguments.precision))
+    identity = run_identity(
+        settings, TargetPasses(explainer.classifier, arguments.precision, arguments.compile), objects
+    )
     grid = explainer.classifier.grid(*explainer.config.image_size)
     passes = {entry.name: tuple(entry.method.passes(grid, explainer.classifier.hidden_size)) for entry in entries}
     run = {

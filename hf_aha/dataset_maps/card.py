@@ -12,7 +12,7 @@ from huggingface_hub import DatasetCardData
 from ..files import write_atomically
 from ..markdown import Markdown, clean_text, code_string, escape_markdown, table
 from .engine import MapsSummary
-from .folder import CARD_FILE, COLUMNS, RUN_FILE, UNREADABLE_FILE
+from .folder import CARD_FILE, COLUMNS, CONTRAST_COLUMNS, RUN_FILE, UNREADABLE_FILE
 from .ranks import QUANTISATIONS
 
 
@@ -74,6 +74,10 @@ def maps_card(summary: MapsSummary, identity: Mapping[str, Any], *, name: str, c
         asked = "the predicted class" if identity["top_k"] == 1 else f"the {identity['top_k']} most probable classes"
     else:
         asked = f"class {target}"
+    against, columns = identity.get("against"), COLUMNS
+    if against is not None:
+        asked = f"the most probable class other than {against}" if target == "predicted" else asked
+        asked, columns = f"{asked}, rather than class {against}", {**COLUMNS, **CONTRAST_COLUMNS}
     size = identity["map_size"]
     facts = [
         ("photographs", f"{summary.photographs:,} of {_named(dataset)}, split {dataset.get('split')}"),
@@ -89,8 +93,9 @@ def maps_card(summary: MapsSummary, identity: Mapping[str, Any], *, name: str, c
         f"---\n{data.to_yaml()}\n---\n",
         f"# Which pixels mattered: maps for {escape_markdown(_last(dataset.get('id')))}\n",
         "Learned pixel attribution by [hf_aha](https://arxiv.org/abs/2604.05819): for every photograph, the order in "
-        "which its pixels speak for a class, as a grey picture of ranks. The photographs themselves are not included; "
-        "they come under their own terms, and so do maps made from them.\n",
+        f"which its pixels speak for a class{'' if against is None else ' rather than another'}, as a grey picture of "
+        "ranks. The photographs themselves are not included; they come under their own terms, and so do maps made "
+        "from them.\n",
         table(["", ""], facts) + "\n",
         "## How to read it\n",
         "```python\n"
@@ -101,7 +106,7 @@ def maps_card(summary: MapsSummary, identity: Mapping[str, Any], *, name: str, c
         'one.explanation("photo.jpg").overlay().save("overlay.png")\n'
         "```\n",
         "## Columns\n",
-        table(["column", "holds"], [(Markdown(f"`{name}`"), Markdown(text)) for name, text in COLUMNS.items()]) + "\n",
+        table(["column", "holds"], [(Markdown(f"`{name}`"), Markdown(text)) for name, text in columns.items()]) + "\n",
         "## How exact the ranks are\n",
         "The pixel of hard rank k (0 = most important; equal scores in index order) among the N pixels of its map has "
         f"the rank (N - 1 - k) / (N - 1), which is rounded to one of {quantisation.levels + 1:,} levels "

@@ -129,11 +129,13 @@ def explain_dataset(
     """
     _check(explainer, rows, settings)
     passes = TargetPasses(explainer.classifier, settings.precision)
-    folder = MapsFolder(output, split_name(names["dataset"]["split"]), len(rows), settings.shard_rows)
+    split = split_name(names["dataset"]["split"])
+    folder = MapsFolder(output, split, len(rows), settings.shard_rows, rows.against is not None)
     state = processes(explainer.device.type)
     hidden = True if progress is False or not state.is_main_process else None if progress is None else False
     quantisation = QUANTISATIONS[settings.quantisation]
-    job = _Job(explainer, settings, quantisation, passes.precision, _made_by(explainer, quantisation, passes, names))
+    made_by = _made_by(explainer, quantisation, passes, names)
+    job = _Job(explainer, settings, quantisation, passes.precision, made_by, rows.against)
     with folder.locked() if state.is_main_process else contextlib.nullcontext():
         if state.is_main_process:
             folder.open(run_identity(explainer, rows, settings, passes, names), resume)
@@ -174,6 +176,7 @@ def run_identity(
         "classifier": {**names.get("classifier", {}), "fingerprint": explainer.config.base_model_fingerprint},
         "processor": _processor_settings(explainer),
         "target": "predicted" if target is None else target,
+        **({} if rows.against is None else {"against": rows.against}),
         **made,
         "precision": passes.precision,
         "dtype": str(explainer.dtype).removeprefix("torch."),
@@ -196,6 +199,7 @@ class _Job:
     quantisation: Quantisation
     precision: str
     made_by: str
+    against: int | None
 
     @torch.no_grad()
     def forward(self, group: Mapping[str, Any]) -> AhaOutput:
@@ -204,12 +208,20 @@ class _Job:
         pixel_values = group["pixel_values"].to(device, non_blocking=True)
         target = [record["target"] for record in group["records"]]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            if target[0] is not None:
-                return self.explainer(pixel_values, torch.tensor(target, device=device)[:, None])
+            target = None if target[0] is None else torch.tensor(target, device=device)[:, None]
+            if self.against is not None:
+                return self._contrast(pixel_values, target)
+            if target is not None:
+                return self.explainer(pixel_values, target)
             if self.settings.top_k > 1:
                 return self.explainer.explain_top(pixel_values, self.settings.top_k)
             output = self.explainer(pixel_values)
             return AhaOutput(scores=output.scores[:, None], logits=output.logits, target=output.target[:, None])
+
+    def _contrast(self, pixel_values: torch.Tensor, target: torch.Tensor | None) -> AhaOutput:
+        against = torch.full((len(pixel_values),), self.against, device=pixel_values.device)
+        output = self.explainer(pixel_values, None if target is None else target[:, 0], against=against)
+        return AhaOutput(scores=output.scores[:, None], logits=output.logits, target=output.target[:, None])
 
     @torch.no_grad()
     def pack(self, output: AhaOutput, records: list[dict[str, Any]]) -> tuple[list[dict], list[dict]]:
@@ -244,6 +256,12 @@ class _Job:
                 "geometry": json.dumps(_geometry(record["geometry"])),
                 "made_by": self.made_by,
             }
+            if self.against is not None:
+                shared |= {
+                    "against": self.against,
+                    "against_label": labels[self.against],
+                    "against_probability": float(probability[number, self.against]),
+                }
             for place, (target, one) in enumerate(zip(targets[number], next(levels), strict=True)):
                 own = {"place": place, "target": target, "label": labels[target], "ranks": ranks_to_png(one)}
                 maps.append({**shared, **own, "probability": float(probability[number, target])})
@@ -292,6 +310,11 @@ def _check(explainer: AhaExplainer, rows: ExplainedRows, settings: MapSettings) 
         raise ValueError(f"top_k must lie in 1..{classes}, the number of classes, but it is {settings.top_k}.")
     if settings.top_k > 1 and (rows.target is not None or rows.label_column is not None):
         raise ValueError("Give either a target or top_k, not both.")
+    if rows.against is not None:
+        if settings.top_k > 1:
+            raise ValueError("Give either against or top_k, not both.")
+        if not 0 <= rows.against < classes:
+            raise ValueError(f"against must lie in 0..{classes - 1}, the classes, but it is {rows.against}.")
     size = tuple(explainer.config.image_size)
     if settings.map_size is not None and any(map(int.__gt__, settings.map_size, size)):
         raise ValueError(

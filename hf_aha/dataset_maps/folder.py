@@ -44,6 +44,15 @@ FEATURES = datasets.Features(
 )
 """Columns of the dataset; the last three hold JSON."""
 
+CONTRAST_FEATURES = datasets.Features(
+    {
+        "against": datasets.Value("int32"),
+        "against_label": datasets.Value("string"),
+        "against_probability": datasets.Value("float32"),
+    }
+)
+"""Columns that follow where the class asked about is compared with another."""
+
 COLUMNS = {
     "row": "number of the photograph in its split, from 0",
     "image_id": "its name in the dataset, if it has one",
@@ -61,6 +70,14 @@ COLUMNS = {
     "made_by": "JSON: explainer, classifier, quantisation, precision and versions",
 }
 """What each column holds, for the card."""
+
+CONTRAST_COLUMNS = {
+    "against": "index of the class that it is compared with: white pixels speak for the target rather than this one, "
+    "black ones for this one rather than the target",
+    "against_label": "its name",
+    "against_probability": "its softmax probability",
+}
+"""Likewise of a comparison."""
 
 _METADATA_KEY = b"hf_aha"
 # As `datasets` writes datasets of images, so that a viewer can read a few rows without the rest.
@@ -82,11 +99,13 @@ class MapsFolder:
         split: name of the split in the new dataset.
         photographs: number of photographs.
         shard_rows: of them in each file.
+        contrast: the class asked about is compared with another, which the rows name.
     """
 
-    def __init__(self, folder: Path, split: str, photographs: int, shard_rows: int) -> None:
+    def __init__(self, folder: Path, split: str, photographs: int, shard_rows: int, contrast: bool = False) -> None:
         self.folder, self.split = Path(folder), split
         self.photographs, self.shard_rows = photographs, shard_rows
+        self.features = datasets.Features({**FEATURES, **(CONTRAST_FEATURES if contrast else {})})
         self.shards = -(-photographs // shard_rows)
 
     @classmethod
@@ -97,7 +116,8 @@ class MapsFolder:
             MapsError: it holds none.
         """
         run = _read_run(Path(folder))
-        return cls(Path(folder), run["split"], run["photographs"], run["shard_rows"])
+        contrast = run["identity"].get("against") is not None
+        return cls(Path(folder), run["split"], run["photographs"], run["shard_rows"], contrast)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -179,12 +199,12 @@ class MapsFolder:
 
         Args:
             shard: its number.
-            maps: rows of `FEATURES`; `ranks` as PNG bytes.
+            maps: rows of `features`; `ranks` as PNG bytes.
             errors: `row`, `image_id` and `error` of each photograph without a map.
             quantisation: of the maps, for the metadata.
         """
         ordered = sorted(maps, key=lambda one: (one["row"], one["place"]))
-        schema = FEATURES.arrow_schema
+        schema = self.features.arrow_schema
         record = {
             **FORMAT,
             "rows": [self.rows_of(shard).start, self.rows_of(shard).stop],
@@ -195,7 +215,7 @@ class MapsFolder:
         rows = [{**one, "ranks": {"bytes": one["ranks"], "path": None}} for one in ordered]
         table = pa.Table.from_pylist(rows, schema=schema.with_metadata(metadata))
         # PNGs are compressed already, hashes cannot be.
-        leaves = [*(name for name in FEATURES if name not in ("ranks", "sha256")), "ranks.path"]
+        leaves = [*(name for name in self.features if name not in ("ranks", "sha256")), "ranks.path"]
         compression = {**dict.fromkeys(leaves, "zstd"), "ranks.bytes": "none", "sha256": "none"}
 
         def save(path: Path) -> None:

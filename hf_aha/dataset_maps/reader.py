@@ -19,7 +19,7 @@ from PIL import Image
 from ..explanation import Explanation
 from ..geometry import InputGeometry
 from ..images import ImageSource, read_image
-from .folder import FEATURES, MapsError, MapsFolder
+from .folder import CONTRAST_FEATURES, FEATURES, MapsError, MapsFolder
 from .ranks import ranks_from_png
 
 
@@ -39,7 +39,8 @@ def load_maps(
         revision, token, cache_dir: as in `datasets.load_dataset`.
 
     Returns:
-        a dataset with the columns of `FEATURES`; give a row to [`StoredMap.from_row`].
+        a dataset with the columns of `FEATURES`, and of `CONTRAST_FEATURES` where a class is compared with another;
+        give a row to [`StoredMap.from_row`].
 
     Raises:
         MapsError: the folder's run is not finished, or it holds no such maps.
@@ -79,6 +80,8 @@ class StoredMap:
             size was asked for.
         geometry: from the photograph to the classifier's input.
         made_by: explainer, classifier, quantisation (with `error_bound`, the largest error of a rank), versions.
+        against, against_label, against_probability: None, or the class that `target` is compared with; high ranks then
+            speak for `target` rather than this class, low ones for this class rather than `target`.
 
     Example:
         >>> maps = load_maps("maps")  # doctest: +SKIP
@@ -100,6 +103,9 @@ class StoredMap:
     input_ranks: np.ndarray
     geometry: InputGeometry
     made_by: dict[str, Any]
+    against: int | None = None
+    against_label: str | None = None
+    against_probability: float | None = None
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> StoredMap:
@@ -113,6 +119,8 @@ class StoredMap:
         """
         names = ("row", "image_id", "sha256", "target", "label", "probability")
         names += ("predicted_target", "predicted_label", "predicted_probability")
+        if "against" in row:  # only in the rows of a comparison
+            names += tuple(CONTRAST_FEATURES)
         missing = [name for name in (*names, "ranks", "geometry", "made_by") if name not in row]
         if missing:
             raise ValueError(f"The row has no {missing[0]!r}; give a whole row of load_maps(...).")
@@ -164,6 +172,9 @@ class StoredMap:
             predicted_label=self.predicted_label,
             predicted_probability=self.predicted_probability,
             scores=self.ranks,
+            against=self.against,
+            against_label=self.against_label,
+            against_probability=self.against_probability,
         )
 
 

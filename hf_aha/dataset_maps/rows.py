@@ -27,7 +27,8 @@ class ExplainedRows(Dataset):
 
     An item is a dict: `row` (its number in the split), `image_id` (text or None), `sha256` (of the stored file),
     `pixel_values` ((3, h, w) float32), `geometry` (`InputGeometry`) and `target` (the class asked about, or None for
-    the predicted one). A row that cannot be explained is `{"row", "image_id", "error"}` instead.
+    the predicted one, with `against` for the most probable other than it). A row that cannot be explained is
+    `{"row", "image_id", "error"}` instead.
 
     Args:
         dataset: rows with an undecoded image column, as `hf_aha.data.load_photographs` returns them.
@@ -40,11 +41,12 @@ class ExplainedRows(Dataset):
         label_column: column of class indices; the class asked about is the row's own.
         classes: the classifier's class of every value of that column, -1 where it has none; None for the values as
             they are.
+        against: one class that the target of every photograph is compared with: "why the target rather than this".
         folder: of the dataset on this machine; file names are given from there, and never with folders above it.
 
     Raises:
-        ValueError: there is no such column, it does not fit, there is no row or no image processor, or both `target`
-            and `label_column` are given.
+        ValueError: there is no such column, it does not fit, there is no row or no image processor, both `target`
+            and `label_column` are given, or `target` is `against`.
 
     Example:
         `ExplainedRows(dataset, "image", explainer.image_processor, limit=100)[0]["pixel_values"].shape`
@@ -61,12 +63,15 @@ class ExplainedRows(Dataset):
         target: int | None = None,
         label_column: str | None = None,
         classes: Sequence[int] | None = None,
+        against: int | None = None,
         folder: Path | None = None,
     ) -> None:
         if image_processor is None:
             raise ValueError("The explainer has no image processor; give it with attach(..., image_processor=...).")
         if target is not None and label_column is not None:
             raise ValueError("Give either one target for all photographs or a label column, not both.")
+        if against is not None and target == against:
+            raise ValueError(f"The target and against are both class {target}, but must be two classes.")
         for column in (id_column, label_column):
             if column is not None and column not in dataset.column_names:
                 raise ValueError(
@@ -90,7 +95,7 @@ class ExplainedRows(Dataset):
         self.dataset = dataset.select(range(count)).select_columns(list(wanted))
         self.image_column, self.id_column, self.label_column = image_column, id_column, label_column
         self.image_processor = image_processor
-        self.target = target
+        self.target, self.against = target, against
         self.classes = None if classes is None else list(classes)
         self._folder = None if folder is None else Path(folder).resolve()
 
@@ -103,6 +108,8 @@ class ExplainedRows(Dataset):
         found = {"row": row, "image_id": self._name(cells, cell)}
         try:
             target = self._target(cells)
+            if target is not None and target == self.against:
+                raise ImageReadError(f"Its class {target} is the one that the target is compared with.")
             content = _content(cell)
             photograph = read_image(content)
             geometry = InputGeometry.from_processor(self.image_processor, (photograph.height, photograph.width))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch.nn import functional as F
 
 from ..classifier_aha import FrozenClassifier
 
@@ -35,9 +39,12 @@ class TargetPasses:
     Args:
         classifier: the target model; never moved or cast.
         precision: `"float32"`, the classifier's own dtype; `"bfloat16"`; or `"auto"`, bfloat16 where it is fast.
+        compiled: run it through `torch.compile`, which takes seconds once, and on a CPU a C++ compiler. The compiled
+            passes keep the weights as they are at the first call.
 
     Attributes:
         precision: the one in use, `"float32"` or `"bfloat16"`.
+        compiled: as given.
         images: images passed so far.
 
     Raises:
@@ -47,7 +54,7 @@ class TargetPasses:
         `evaluate_maps(TargetPasses(explainer.classifier), pixel_values, scores, target, protocol, ...)`
     """
 
-    def __init__(self, classifier: FrozenClassifier, precision: str = "auto") -> None:
+    def __init__(self, classifier: FrozenClassifier, precision: str = "auto", compiled: bool = False) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}.")
         self.classifier = classifier
@@ -58,11 +65,27 @@ class TargetPasses:
         fits = has_fast_bfloat16(self.device) and self.dtype != torch.float16
         fast = precision == "bfloat16" or (precision == "auto" and fits)
         self.precision = "bfloat16" if fast else "float32"
-        self.images = 0
+        self.compiled, self.images = compiled, 0
+        # Freezing lets the compiler cast the weights once and join each layer with its activation.
+        self._forward = _freezing(torch.compile(classifier, dynamic=False)) if compiled else classifier
+        self._batch = 0
 
     @torch.no_grad()
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) of images on the classifier's device."""
-        self.images += len(pixel_values)
+        count = len(pixel_values)
+        self.images += count
+        pixel_values = pixel_values.to(self.dtype)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            return self.classifier(pixel_values.to(self.dtype)).logits
+            if not self.compiled:
+                return self.classifier(pixel_values).logits
+            # Every batch size is compiled anew, so that smaller batches are filled up to the largest one seen.
+            self._batch = max(self._batch, count)
+            filled = F.pad(pixel_values, (0, 0, 0, 0, 0, 0, 0, self._batch - count))
+            return self._forward(filled).logits[:count]
+
+
+def _freezing(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    from torch._inductor import config  # dear to import, and seldom needed
+
+    return config.patch(freezing=True)(compiled)
