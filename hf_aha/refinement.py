@@ -21,10 +21,11 @@ SCOPES = ("scores", "latent", "decoder")
 LEARNING_RATES: Mapping[str, float] = {"scores": 0.4, "latent": 0.05, "decoder": 0.02}
 """Default step of each scope: root mean square of the first update, in units of what the scope moves."""
 
-ADAPTIVE_TOLERANCE = 6e-4
-"""Gain in `value` per pass under which an adaptive refinement leaves an image: 0.02 for the passes of a full step."""
+ADAPTIVE_TOLERANCE = 4e-4
+"""Gain in `value` per pass under which an adaptive refinement leaves an image: 0.03 for five updates."""
 
 _MOMENTUM, _SECOND_MOMENTUM, _EPSILON = 0.8, 0.9, 1e-8
+_MEASURED_EVERY = 5  # updates of an adaptive run
 
 
 @dataclass
@@ -107,10 +108,10 @@ def refine(
             of the weights of `DECODER_LAYERS`, in units of each tensor's root mean square.
         learning_rate: root mean square of an update in these units; `LEARNING_RATES` when left out.
         curve_points: points of each curve between its ends.
-        adaptive: spend passes where they bring most. Every second map is measured; the gradient is that of the third
-            of the perturbed images that reacted most when they were last measured; and images that gain little are
-            finished early (`tolerance`).
-        tolerance: an image is finished when its gain in `value` per pass over the last three steps (four when
+        adaptive: spend passes where they bring most. Every fifth map is measured; the gradient is that of soft masks,
+            which leads further, at the third of the perturbed images that reacted most when they were last measured;
+            and images that gain little are finished early (`tolerance`).
+        tolerance: an image is finished when its gain in `value` per pass over the last three steps (five when
             `adaptive`) falls under this; it then costs no more passes. Left out, never, or `ADAPTIVE_TOLERANCE` when
             `adaptive`.
         max_passes: most passes an image, counted as in `RefinementOutput.passes`.
@@ -205,11 +206,11 @@ class _Descent:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a step measures and what its gradient follows.
+    """What a step measures, and at how many perturbed images its gradient is taken.
 
-    Without `adaptive`, all points of both curves at every step. With it, every second map is measured, and the
-    gradient is that of the third of the perturbed images that reacted most when they were last measured: where the
-    classifier is sure, no gradient comes back.
+    Without `adaptive`, every map is measured at all points of both curves, and the same passes give the gradient of
+    all of them. With it, every fifth map is measured, and each gradient is that of soft masks at the third of the
+    perturbed images that reacted most when they were last measured: where the classifier is sure, none comes back.
     """
 
     points: int
@@ -218,22 +219,26 @@ class _Plan:
     @property
     def window(self) -> int:
         """Measurements over which the gain per pass is taken: one step may well lose what the next two win."""
-        return 2 if self.adaptive else 3
+        return 1 if self.adaptive else 3
 
     def is_measured(self, step: int, last: bool) -> bool:
         """Whether the map before this update has a value."""
-        return last or not self.adaptive or step % 2 == 0
+        return last or not self.adaptive or step % _MEASURED_EVERY == 0
 
-    def followed(self, step: int) -> int:
-        """Perturbed images that this update's gradient is taken of."""
-        return math.ceil(2 * self.points / 3) if self.adaptive and step else 2 * self.points
+    @property
+    def followed(self) -> int:
+        """Perturbed images that an update's gradient is taken of."""
+        return math.ceil(2 * self.points / 3) if self.adaptive else 2 * self.points
+
+    @property
+    def update_cost(self) -> int:
+        """Passes of an update, besides measuring: soft masks take a forward pass of their own."""
+        return 2 * self.followed if self.adaptive else self.followed
 
     def cost(self, steps: int) -> int:
         """Passes of a run of this many updates, besides those of the plain explanation."""
-        forward = sum(
-            2 * self.points if self.is_measured(step, False) else self.followed(step) for step in range(steps)
-        )
-        return forward + sum(map(self.followed, range(steps))) + 2 * self.points
+        measured = sum(self.is_measured(step, step == steps) for step in range(steps + 1))
+        return 2 * self.points * measured + self.update_cost * steps
 
 
 def _search(
@@ -251,45 +256,43 @@ def _search(
     passes = torch.full(
         (batch,), plain_cost(curves.explainer, start.against is not None), dtype=torch.long, device=device
     )
-    # One entry a measurement: the best values of all images, and the passes before its backward pass and with it.
+    # One entry a measurement: the best values of all images, and the passes until then.
     values: list[torch.Tensor] = []
     known_at: list[torch.Tensor] = []
-    spent: list[torch.Tensor] = []
-    sensitivity = None
+    sensitivity = torch.zeros(batch, 2, plan.points, device=device)
     rows = torch.arange(batch, device=device)
     for step in range(steps + 1):
         last = step == steps
-        whole, followed = plan.is_measured(step, last), 0 if last else plan.followed(step)
-        with torch.enable_grad():
-            drawn = render(descent.leaves(), rows)
-            # The first map is the plain one to the last bit, also where the scope computes it in another order.
-            tried = start.scores[rows] if step == 0 else drawn.detach()
-            found = curves(tried, rows, _chosen(len(rows), curves.points, followed, sensitivity, device), whole=whole)
-        passes[rows] += 2 * curves.points if whole else followed
+        # The first map is the plain one to the last bit, also where the scope computes it in another order.
+        with torch.no_grad():
+            tried = start.scores[rows] if step == 0 else render(descent.offsets, rows)
         steps_taken[rows] = step
-        if whole:
-            sensitivity = found.sensitivity
+        gradient = None
+        if plan.is_measured(step, last):
+            found = curves.measure(tried, rows, with_gradient=not last and not plan.adaptive)
+            passes[rows] += 2 * plan.points
             best = values[-1].clone() if values else found.values.clone()
             better = found.values > best[rows]
             best[rows[better]] = found.values[better]
             scores[rows[better]] = tried[better]
             values.append(best)
             known_at.append(passes.clone())
-        passes[rows] += followed
-        if last:
-            break
-        descent.update(torch.autograd.grad(drawn, descent.offsets, found.gradient))
-        if not whole:
-            continue
-        spent.append(passes.clone())
-        if tolerance is not None and len(values) > plan.window:
-            gained, paid = (entries[-1][rows] - entries[-1 - plan.window][rows] for entries in (values, spent))
-            going = gained >= tolerance * paid
-            if not bool(going.all()):
-                rows, sensitivity = rows[going], sensitivity[going]
+            sensitivity[rows], gradient = found.sensitivity, found.gradient
+            if gradient is not None:
+                passes[rows] += plan.update_cost
+            if not last and tolerance is not None and len(values) > plan.window:
+                gained, paid = (entries[-1][rows] - entries[-1 - plan.window][rows] for entries in (values, known_at))
+                going = gained >= tolerance * paid
+                rows, tried, gradient = rows[going], tried[going], None if gradient is None else gradient[going]
                 descent.keep(going)
-                if not len(rows):
-                    break
+        if last or not len(rows):
+            break
+        if gradient is None:
+            gradient = curves.soft_gradient(tried, rows, most_sensitive(sensitivity[rows], plan.followed))
+            passes[rows] += plan.update_cost
+        with torch.enable_grad():
+            drawn = render(descent.leaves(), rows)
+        descent.update(torch.autograd.grad(drawn, descent.offsets, gradient))
     return RefinementOutput(
         scores=scores,
         initial_scores=start.scores,
@@ -304,15 +307,6 @@ def _search(
         best_values=torch.stack(values, dim=1),
         best_passes=torch.stack(known_at, dim=1),
     )
-
-
-def _chosen(
-    count: int, points: int, followed: int, sensitivity: torch.Tensor | None, device: torch.device
-) -> torch.Tensor:
-    """(count, 2, points) bool: the perturbed images whose gradient is followed, `followed` of each image."""
-    if followed in (0, 2 * points):
-        return torch.full((count, 2, points), followed > 0, device=device)
-    return most_sensitive(sensitivity, followed)
 
 
 def _check_arguments(

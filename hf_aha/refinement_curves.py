@@ -13,25 +13,25 @@ from .ranking import make_ranker
 from .refinement_scopes import Start
 
 
-# Where training ends by default. Hard masks go forward, so the temperature only sets how wide the gradient reaches.
+# How wide the gradient of hard masks reaches, and how soft the soft ones are; near where training ends.
 _TAU = 0.3
 INSERTION, DELETION = 0, 1
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found out about the maps of b images; P points on each of the two curves.
+    """What hard masks found out about the maps of b images; P points on each of the two curves.
 
     Attributes:
-        values: (b,) float32, insertion minus deletion area, or None where not all points were measured.
-        gradient: (b, H, W), that of the sum over the points with gradient, or None where there are none.
+        values: (b,) float32, insertion minus deletion area.
         sensitivity: (b, 2, P), how much each perturbed image's answer reacts to its logits (norm of the derivative),
-            0..sqrt(2); near 0 where the classifier is sure, so that no gradient comes back. 0 where not measured.
+            0..sqrt(2); near 0 where the classifier is sure, so that no gradient comes back.
+        gradient: (b, H, W), the straight-through one of the values by the scores, or None where not asked for.
     """
 
-    values: torch.Tensor | None
-    gradient: torch.Tensor | None
+    values: torch.Tensor
     sensitivity: torch.Tensor
+    gradient: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -43,42 +43,44 @@ class MeasuredCurves:
     points: int
     max_batch: int
 
-    def __call__(
-        self, scores: torch.Tensor, rows: torch.Tensor, with_gradient: torch.Tensor, *, whole: bool = True
-    ) -> Measurement:
-        """Measure scores (b, H, W) of the images `rows` (b,).
-
-        Args:
-            scores: any float dtype; their graph is not followed.
-            rows: which images these are.
-            with_gradient: (b, 2, P) bool, the points whose gradient is taken: of insertion, of deletion.
-            whole: measure the other points as well, so that there is a value.
-        """
-        wanted = bool(with_gradient.any())
-        ranker = make_ranker("quantile", straight_through=True)
-        leaf = scores.detach().requires_grad_(wanted)
-        masks = ranker(leaf.flatten(1), self.points + 1, torch.arange(1, self.points + 1), tau=_TAU)
-        masks = masks.unflatten(-1, tuple(scores.shape[-2:]))
-        found = _Found.empty(masks)
-        # The graph of the classifier is kept for one chunk at a time.
-        for chunk in with_gradient.nonzero().split(self.max_batch):
-            self._pass(masks.detach(), rows, chunk, found, with_gradient=True)
-        if whole:
-            for chunk in (~with_gradient).nonzero().split(self.max_batch):
-                self._pass(masks.detach(), rows, chunk, found, with_gradient=False)
+    def measure(self, scores: torch.Tensor, rows: torch.Tensor, *, with_gradient: bool) -> Measurement:
+        """The value of scores (b, H, W), of any float dtype, of the images `rows` (b,), from hard masks."""
+        every = torch.ones(len(rows), 2, self.points, dtype=torch.bool, device=scores.device)
+        found, gradient = self._differentiate(scores, rows, every, with_gradient, straight_through=True)
         # The trapezoid rule weighs inner points alike, and both curves share both ends.
         values = (found.leads[:, INSERTION] - found.leads[:, DELETION]).sum(dim=1) / (self.points + 1)
-        gradient = None
-        if wanted:
-            gradient = torch.autograd.grad(masks, leaf, found.masks_gradient / (self.points + 1))[0]
-        return Measurement(values if whole else None, gradient, found.sensitivity)
+        return Measurement(values, found.sensitivity, gradient)
+
+    def soft_gradient(self, scores: torch.Tensor, rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """(b, H, W), the gradient by the scores through soft masks at the points `chosen` (b, 2, P) bool alone."""
+        return self._differentiate(scores, rows, chosen, True, straight_through=False)[1]
+
+    def _differentiate(
+        self,
+        scores: torch.Tensor,
+        rows: torch.Tensor,
+        chosen: torch.Tensor,
+        with_gradient: bool,
+        *,
+        straight_through: bool,
+    ) -> tuple[_Found, torch.Tensor | None]:
+        ranker = make_ranker("quantile", straight_through=straight_through)
+        leaf = scores.detach().requires_grad_(with_gradient)
+        with torch.set_grad_enabled(with_gradient):
+            masks = ranker(leaf.flatten(1), self.points + 1, torch.arange(1, self.points + 1), tau=_TAU)
+            masks = masks.unflatten(-1, tuple(scores.shape[-2:]))
+        found = _Found.empty(masks)
+        # The graph of the classifier is kept for one chunk at a time.
+        for chunk in chosen.nonzero().split(self.max_batch):
+            self._pass(masks.detach(), rows, chunk, found, with_gradient=with_gradient)
+        if not with_gradient:
+            return found, None
+        return found, torch.autograd.grad(masks, leaf, found.masks_gradient / (self.points + 1))[0]
 
     def _pass(
         self, masks: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, found: _Found, *, with_gradient: bool
     ) -> None:
         """One pass of the classifier over the perturbed images at `places` (n, 3): image, curve, point."""
-        if not len(places):
-            return
         image, curve, point = places.unbind(dim=1)
         start, mask = self.start, masks[image, point].requires_grad_(with_gradient)
         images = rows[image]
