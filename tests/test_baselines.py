@@ -132,7 +132,8 @@ def test_scores_depend_on_the_class_only_where_that_is_said(name, make_classifie
     method, classifier = cheap(name), FrozenClassifier(make_classifier("vit"))
     pixels = images(1).expand(2, -1, -1, -1)
     first, second = method(classifier, pixels, torch.tensor([0, 3]))
-    assert torch.equal(first, second) != method.class_specific
+    # Rows of one batch may round differently; scores of another class differ by far more.
+    assert torch.allclose(first, second) != method.class_specific
 
 
 @pytest.mark.parametrize("name", NAMES)
