@@ -108,13 +108,14 @@ def assert_same_rows(one: list[dict], other: list[dict]) -> None:
     """The same rows, but for what processes may round differently: swapped neighbours in rank, last digits."""
     assert len(one) == len(other)
     for first, second in zip(one, other, strict=True):
-        rounded = {"ranks", "probability", "top_classes"}
+        rounded = {"ranks", "probability", "predicted_probability", "top_classes"}
         assert {key: first[key] for key in first.keys() - rounded} == {
             key: second[key] for key in second.keys() - rounded
         }
         levels = [np.asarray(Image.open(io.BytesIO(row["ranks"]["bytes"]))).astype(int) for row in (first, second)]
         assert abs(levels[0] - levels[1]).max() <= 1
-        assert first["probability"] == pytest.approx(second["probability"], rel=1e-5)
+        for key in ("probability", "predicted_probability"):
+            assert first[key] == pytest.approx(second[key], rel=1e-5)
         top = [json.loads(row["top_classes"]) for row in (first, second)]
         assert [one["target"] for one in top[0]] == [one["target"] for one in top[1]]
 
