@@ -411,6 +411,7 @@ def test_the_default_tolerance_is_that_of_adaptive_runs_only(explainer, monkeypa
 
 @pytest.mark.parametrize("contrast", [False, True])
 def test_gradients_and_sensitivity_of_chosen_points(explainer, contrast):
+    """Against autograd through soft masks, and through hard ones, written out here."""
     pixel_values = photographs(2)
     target, against = torch.tensor([3, 1]), torch.tensor([0, 2]) if contrast else None
     with torch.no_grad():
