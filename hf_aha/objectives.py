@@ -43,11 +43,11 @@ class ObjectiveOutput:
 class FaithfulnessObjective:
     """Deletion plus insertion area of the class probability, estimated at random points of both curves.
 
-    loss = mean_k p(image without its top k/K) - mean_k p(only its top k/K)
+    loss = deletion_weight * mean_k p(image without its top k/K) - mean_k p(only its top k/K)
         + peak_weight * peak penalty + tv_weight * total variation
 
-    The first mean estimates the deletion area, the second the insertion area, so the loss lies in [-1, 1] without
-    penalties and equals the paper's "deletion + (1 - area of the least important first)" minus one.
+    The first mean estimates the deletion area, the second the insertion area, so with a weight of 1 and no penalties
+    the loss lies in [-1, 1] and equals the paper's "deletion + (1 - area of the least important first)" minus one.
 
     Args:
         ranker: `"transport"`, `"sinkhorn"` or `"quantile"`.
@@ -62,6 +62,8 @@ class FaithfulnessObjective:
         mask_smoothing: sigma in pixels of a Gaussian on the masks; 0 for none.
         peak_weight: weight of the peak penalty.
         tv_weight: weight of the total variation of the standardised scores.
+        deletion_weight: of deletion against insertion. One map has one order: above 1 it gives up some insertion area
+            for deletion area.
         score: `"probability"` (softmax) or `"log_odds"` of the class.
 
     Raises:
@@ -86,6 +88,7 @@ class FaithfulnessObjective:
     mask_smoothing: float = 0.0
     peak_weight: float = 0.0
     tv_weight: float = 0.0
+    deletion_weight: float = 1.0
     score: str = "probability"
 
     @classmethod
@@ -124,7 +127,7 @@ class FaithfulnessObjective:
             raise ValueError(f"references must be some of {', '.join(REFERENCES)}, but they are {self.references}.")
         if len(self.grid_range) != 2 or not 1 <= self.grid_range[0] <= self.grid_range[1]:
             raise ValueError(f"grid_range must be two rising numbers from 1 on, but it is {self.grid_range}.")
-        for name in ("noise", "blur_sigma", "mask_smoothing", "peak_weight", "tv_weight"):
+        for name in ("noise", "blur_sigma", "mask_smoothing", "peak_weight", "tv_weight", "deletion_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}.")
         if self.num_bins < 2:
@@ -193,7 +196,7 @@ class FaithfulnessObjective:
         value_deletion, value_insertion = value.split([deleted.shape[1], inserted.shape[1]], dim=1)
 
         penalty = peak_penalty(scores)
-        loss = value_deletion.mean() - value_insertion.mean()
+        loss = self.deletion_weight * value_deletion.mean() - value_insertion.mean()
         if self.peak_weight > 0:
             loss = loss + self.peak_weight * penalty
         if self.tv_weight > 0:

@@ -157,6 +157,9 @@ class AhaTrainingArguments:
     tv_weight: float | None = field(
         default=None, metadata=_help("Override: weight of the total variation of the standardised scores.")
     )
+    deletion_weight: float | None = field(
+        default=None, metadata=_help("Override: weight of deletion against insertion; 1 treats both alike.")
+    )
     score: str | None = field(default=None, metadata=_help("Override: probability or log_odds."))
 
     log_steps: int = field(default=10, metadata=_help("Steps between log lines."))

@@ -110,6 +110,20 @@ def assert_same_footprint(before: dict[str, object], after: dict[str, object]) -
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_passes_in_bfloat16_give_nearly_the_same_order(name, make_classifier):
+    method, classifier = cheap(name), FrozenClassifier(make_classifier("vit"))
+    pixels, target = images(2, image_size(name)), torch.tensor([0, 4])
+    exact = method(classifier, pixels, target)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = method(classifier, pixels, target)
+    assert rough.dtype == torch.float32
+    # The search compares nearly equal numbers, so that its order may change; Eigen-CAM's sign is arbitrary.
+    if name not in ("patch-search", "eigen-cam"):
+        for one, other in zip(rough.flatten(1), exact.flatten(1), strict=True):
+            assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_scores_of_every_family_and_nothing_else_changes(name, model):
     method, classifier = cheap(name), FrozenClassifier(model)
     size = image_size(name)

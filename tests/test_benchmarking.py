@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -268,6 +269,33 @@ def test_a_finished_run_grows(classifier, tmp_path):
     np.testing.assert_array_equal(*values)
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_a_run_of_which_only_the_results_were_kept_goes_on(classifier, tmp_path, labels):
+    dataset = photographs(8, broken=(1,))
+    images, method = images_of(dataset, labels), Made(kind="nan")
+    metrics = ("road", "total_variation")
+    some = settings_of(method, Entry(get_method("centre"), 4), metrics=metrics)
+    few = images_of(dataset.select(range(6)), labels)
+    before = results_of(classifier, few, some, tmp_path / "kept")
+    before.save(tmp_path / "kept")
+    shutil.rmtree(tmp_path / "kept" / "parts")
+    shutil.rmtree(tmp_path / "kept" / "maps")
+    method.calls.clear()
+    more = settings_of(method, get_method("centre"), metrics=metrics)
+    grown = results_of(classifier, images, more, tmp_path / "kept", resume=True)
+    assert method.calls == [2]  # the third batch alone
+    fresh = results_of(classifier, images, more, tmp_path / "fresh")
+    for protocol, by_method in fresh.protocols.items():
+        for name, result in by_method.items():
+            assert grown.protocols[protocol][name] == result
+    for name, by_method in fresh.metrics.items():
+        for one, values in by_method.items():
+            np.testing.assert_array_equal(grown.metrics[name][one], values)
+    assert [one.failed for one in grown.methods] == [one.failed for one in fresh.methods]
+    assert grown.unreadable == fresh.unreadable and grown.labels == fresh.labels
+    assert grown.methods[0].seconds[:2] == before.methods[0].seconds
+
+
 def test_nothing_is_overwritten_or_mixed(classifier, tmp_path):
     images = images_of(photographs(3))
     measure(classifier, images, settings_of(Made()), tmp_path, progress=False)
@@ -277,6 +305,7 @@ def test_nothing_is_overwritten_or_mixed(classifier, tmp_path):
         ({"context": ResultContext(classifier="another", dataset="noise", split="test", seed=0)}, "context"),
         ({"batch_size": 2}, "batch_size: 3 there, 2 now"),
         ({"precision": "bfloat16"}, "precision"),
+        ({"method_precision": "bfloat16"}, "method_precision"),
         ({"seed": 1}, "seed"),
     ):
         with pytest.raises(BenchmarkError, match=f"another measurement, which differs in .*{named}"):
@@ -558,6 +587,23 @@ def test_the_peak_counts_what_is_allocated_and_freed():
         torch.ones(32, 2**20 // 4).sum()
     assert cost.seconds > 0
     assert cost.peak_mib is None or 28 < cost.peak_mib < 200
+
+
+def test_methods_run_in_the_precision_that_is_asked_for(classifier, tmp_path):
+    images = images_of(photographs(3))
+    maps, texts = {}, {}
+    for precision in ("float32", "bfloat16"):
+        settings = settings_of(get_method("rise", masks=8), method_precision=precision, metrics=("sensitivity",))
+        found = results_of(classifier, images, settings, tmp_path / precision)
+        maps[precision] = Store(tmp_path / precision).read_maps("rise", 0)
+        texts[precision] = markdown(found, dict(enumerate(LABELS)))
+        assert found.run["precision"] == "float32"
+    assert "those of the methods: float32" in texts["float32"]
+    assert "those of the methods: bfloat16" in texts["bfloat16"]
+    assert "method_precision" not in json.loads((tmp_path / "float32" / "run.json").read_text())
+    for image, exact in maps["float32"].items():
+        rough = maps["bfloat16"][image]
+        assert not np.array_equal(rough, exact) and np.corrcoef(rough.ravel(), exact.ravel())[0, 1] > 0.99
 
 
 def test_precision_is_asked_for_and_reported(classifier):

@@ -245,6 +245,14 @@ def test_the_variation_enters_the_loss_by_its_weight_and_its_gradient_smooths(ca
     assert score_variation(scores.detach() - 5 * scores.grad) < before
 
 
+def test_deletion_is_weighed_against_insertion(case):
+    scores, pixels, target, logits_of = case
+    found = evaluate(replace(EXACT, deletion_weight=3.0), scores, pixels, target, logits_of)
+    assert found.loss.item() == pytest.approx(3 * found.deletion.item() - found.insertion.item(), abs=1e-6)
+    plain = evaluate(EXACT, scores, pixels, target, logits_of)
+    assert (found.deletion, found.insertion) == (plain.deletion, plain.insertion)
+
+
 def test_log_odds_stay_finite_where_the_probability_saturates():
     logits = torch.tensor([[200.0, 0.0], [-200.0, 0.0], [20.0, 0.0], [0.3, 0.0]], requires_grad=True)
     odds = _log_odds(logits.log_softmax(-1)[:, 0])
@@ -266,6 +274,7 @@ def test_log_odds_stay_finite_where_the_probability_saturates():
         ({"grid_range": (0, 4)}, "grid_range must be two rising numbers from 1 on"),
         ({"noise": -1.0}, "noise must not be negative"),
         ({"tv_weight": -1.0}, "tv_weight must not be negative"),
+        ({"deletion_weight": -1.0}, "deletion_weight must not be negative"),
     ],
 )
 def test_unusable_settings_are_refused(setting, message):

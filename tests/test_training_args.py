@@ -60,6 +60,7 @@ def test_tau_falls_geometrically_from_the_first_to_the_last_step():
         ("target_classes", "all"),
         ("second_class", "third"),
         ("tv_weight", -0.1),
+        ("deletion_weight", -0.5),
         ("crop_scale", [0.5]),
         ("crop_scale", [0.8, 0.5]),
         ("crop_scale", [0.0, 0.5]),

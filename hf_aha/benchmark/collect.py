@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..metrics.results import ProtocolResult, ResultContext, merge_results
-from .results import BenchmarkResults, MethodRecord
+from .results import NOT_FINITE, BenchmarkResults, MethodRecord
 from .runner import BenchmarkSettings
 from .store import BenchmarkError, Store, protocol_key, unpack
-
-
-NOT_FINITE = "the map holds NaN or infinite values"
 
 
 def collect(

@@ -17,6 +17,10 @@ from .store import FORMAT, BenchmarkError, unpack
 from .tables import PER_IMAGE, Group, read_groups, write_groups
 
 
+NOT_FINITE = "the map holds NaN or infinite values"
+"""Why a map is among those that failed, of a method that did give maps."""
+
+
 @dataclass(frozen=True)
 class MethodRecord:
     """What is known of a method besides its numbers.

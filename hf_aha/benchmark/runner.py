@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..baselines import Method, MissingLibraryError
 from ..classifier_aha import FrozenClassifier
 from ..metrics.calls import Explain
 from ..metrics.evaluation import MeasuredImages
-from ..metrics.passes import TargetPasses
+from ..metrics.passes import TargetPasses, passes_in
 from ..metrics.protocols import Protocol
 from ..metrics.results import ResultContext, library_versions
 from ..metrics.subject import Subject
@@ -28,6 +29,7 @@ from .cost import measured_cost
 from .images import EvaluationImages, collate_images, collate_masks
 from .masks import ObjectColumn
 from .methods import Entry
+from .restore import restore_parts
 from .store import MASKS, BenchmarkError, Store, average, pack, protocol_key
 
 
@@ -45,6 +47,7 @@ class BenchmarkSettings:
         max_batch: perturbed images in a pass of the classifier.
         precision: of these passes, see `TargetPasses`.
         compiled: likewise.
+        method_precision: of the passes that the methods themselves make, forward and backward; as `precision`.
         seed: of the metrics that draw something.
         examples: keep the maps of this many images for the sheet.
 
@@ -61,6 +64,7 @@ class BenchmarkSettings:
     max_batch: int = 10
     precision: str = "auto"
     compiled: bool = False
+    method_precision: str = "float32"
     seed: int = 0
     examples: int = 4
 
@@ -89,7 +93,8 @@ def measure(
     """Measure every method on every image, and keep the numbers in `output`.
 
     What the folder holds already is not measured again, so a run that was killed loses at most one batch of one
-    method, and a finished one can be asked for more methods, protocols, metrics or images. Started in several
+    method, and a finished one can be asked for more methods, protocols, metrics or images, also where of its folder
+    only `run.json` and the results were kept. Started in several
     processes (with `accelerate launch` or `torchrun`), each takes every n-th batch; they share the folder.
 
     Args:
@@ -120,6 +125,7 @@ def measure(
             {entry.name: {"title": entry.method.title, **entry.identity()} for entry in settings.entries},
             resume,
         )
+        restore_parts(store, settings.batch_size)
     state.wait_for_everyone()
     batches = range(state.process_index, -(-len(images) // settings.batch_size), state.num_processes)
     hidden = True if progress is False or not state.is_main_process else None if progress is None else False
@@ -158,11 +164,13 @@ def run_identity(
     """What all numbers in a folder share, JSON values."""
     context = asdict(settings.context)
     del context["method"]
+    in_methods = passes_in(settings.method_precision, passes.classifier)
     return {
         "context": context,
         "normalization": {"mean": list(settings.normalization.mean), "std": list(settings.normalization.std)},
         "batch_size": settings.batch_size,
         "precision": f"{passes.precision}, compiled" if passes.compiled else passes.precision,
+        **({} if in_methods == "float32" else {"method_precision": in_methods}),
         "device": passes.device.type,
         "seed": settings.seed,
         "versions": library_versions(),
@@ -323,13 +331,24 @@ class _Batch:
 
     def _scores(self, method: Method) -> torch.Tensor:
         pixel_values, target = self.images.pixel_values, self.images.predicted.to(self.passes.device)
+        explain = self._explain_with(method, self.classifier)
         try:
-            return method(self.classifier, pixel_values, target)
+            return explain(pixel_values, target)
         except torch.OutOfMemoryError:
             if len(pixel_values) == 1:
                 raise
         rows = range(len(pixel_values))
-        return torch.cat([method(self.classifier, pixel_values[row : row + 1], target[row : row + 1]) for row in rows])
+        return torch.cat([explain(pixel_values[row : row + 1], target[row : row + 1]) for row in rows])
+
+    def _explain_with(self, method: Method, classifier: FrozenClassifier) -> Explain:
+        """The method's calls on a classifier, in the precision of the methods."""
+        fast = passes_in(self.settings.method_precision, classifier) == "bfloat16"
+
+        def explain(pixel_values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(self.passes.device.type, torch.bfloat16, enabled=fast):
+                return method(classifier, pixel_values, target)
+
+        return explain
 
     def _metric(
         self, metric: UnoptimisedMetric, entry: Entry, runs: Sequence[torch.Tensor], part: dict[str, Any]
@@ -338,10 +357,7 @@ class _Batch:
         target = self.images.predicted.to(self.passes.device)
         found = []
         for method, scores in zip(entry.method.repeats(), runs, strict=True):
-
-            def explain_with(classifier: FrozenClassifier, method: Method = method) -> Explain:
-                return lambda pixel_values, target: method(classifier, pixel_values, target)
-
+            explain_with = partial(self._explain_with, method)
             subject = Subject(
                 explain=explain_with(self.classifier),
                 logits_of=self.passes,

@@ -37,6 +37,12 @@ def add_running_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     group.add_argument(
+        "--method-precision",
+        choices=("auto", "float32", "bfloat16"),
+        default="float32",
+        help="of the passes that the methods themselves make, forward and backward (default: %(default)s)",
+    )
+    group.add_argument(
         "--compile", action="store_true", help="torch.compile the classifier for the perturbed images: sooner on many"
     )
 
@@ -246,6 +252,7 @@ def run_measurement(
             max_batch=max_batch,
             precision=arguments.precision,
             compiled=arguments.compile,
+            method_precision=arguments.method_precision,
             seed=arguments.seed,
             examples=arguments.examples,
         )

@@ -31,6 +31,25 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def passes_in(precision: str, classifier: FrozenClassifier) -> str:
+    """`"float32"` (the classifier's own dtype) or `"bfloat16"` (autocast), whichever is meant by `precision`.
+
+    Args:
+        precision: one of `PRECISIONS`; `"auto"` is bfloat16 where the machine is fast in it.
+        classifier: whose device and dtype decide.
+
+    Raises:
+        ValueError: unknown precision; bfloat16 for a classifier in float16, which autocast cannot mix with it.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}.")
+    weights = next(classifier.parameters())
+    if precision == "bfloat16" and weights.dtype == torch.float16:
+        raise ValueError("The classifier is in float16, which bfloat16 does not mix with: load it in float32.")
+    fits = has_fast_bfloat16(weights.device) and weights.dtype != torch.float16
+    return "bfloat16" if precision == "bfloat16" or (precision == "auto" and fits) else "float32"
+
+
 class TargetPasses:
     """The classifier as metrics call it: (N, 3, H, W) -> logits (N, C), without gradients.
 
@@ -55,16 +74,10 @@ class TargetPasses:
     """
 
     def __init__(self, classifier: FrozenClassifier, precision: str = "auto", compiled: bool = False) -> None:
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}, but must be one of {', '.join(PRECISIONS)}.")
+        self.precision = passes_in(precision, classifier)
         self.classifier = classifier
         weights = next(classifier.parameters())
         self.device, self.dtype = weights.device, weights.dtype
-        if precision == "bfloat16" and self.dtype == torch.float16:
-            raise ValueError("The classifier is in float16, which bfloat16 does not mix with: load it in float32.")
-        fits = has_fast_bfloat16(self.device) and self.dtype != torch.float16
-        fast = precision == "bfloat16" or (precision == "auto" and fits)
-        self.precision = "bfloat16" if fast else "float32"
         self.compiled, self.images = compiled, 0
         # Freezing lets the compiler cast the weights once and join each layer with its activation.
         self._forward = _freezing(torch.compile(classifier, dynamic=False)) if compiled else classifier
