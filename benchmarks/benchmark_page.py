@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The page of the benchmarks, `docs/benchmark.md`, from folders of `hf-aha benchmark`.
 
-    python benchmarks/benchmark_page.py benchmarks/results/vit-s14/benchmark benchmarks/results/imagenette-demo/benchmark
+    python benchmarks/benchmark_page.py benchmarks/results/{vit-s14,imagenette-demo}/benchmark
 
 For each folder: every method's deletion and insertion area at three granularities, means of the two references of the
 protocol `hf_aha`; each explainer against every other method, paired over photographs; the metrics that no map was
@@ -97,8 +97,8 @@ def claim(results: BenchmarkResults, ours: MethodRecord, others: Sequence[Method
         return ""
     exceptions = f" Not better: {'; '.join(rest)}." if rest else ""
     return (
-        f"- {ours.title} against {which}: significantly better in {count - len(rest)} of {count} comparisons of deletion "
-        f"and insertion.{exceptions}"
+        f"- {ours.title} against {which}: significantly better in {count - len(rest)} of {count} comparisons of "
+        f"deletion and insertion.{exceptions}"
     )
 
 
@@ -144,8 +144,8 @@ def section(results: BenchmarkResults, folder: Path) -> str:
     blocks = [
         f"## {run['context']['classifier']}",
         f"{photographs}, {run['image_size'][0]} x {run['image_size'][1]} px. Passes on perturbed images: "
-        f"{run['precision']}; passes of the methods: {run.get('method_precision', 'float32')}. All curves, intervals and costs: "
-        f"[results]({place}/results.md), [every photograph]({place}/per_image.parquet).",
+        f"{run['precision']}; passes of the methods: {run.get('method_precision', 'float32')}. All curves, intervals "
+        f"and costs: [results]({place}/results.md), [every photograph]({place}/per_image.parquet).",
         summary_table(results),
         "### Deletion and insertion apart",
         areas_table(results),
@@ -170,12 +170,13 @@ def section(results: BenchmarkResults, folder: Path) -> str:
 
 INTRODUCTION = """# Benchmark
 
-Written by `python benchmarks/benchmark_page.py`; do not edit by hand. Explainers beside the methods people use, on photographs
-that no explainer was trained on, under the protocol [`hf_aha`](evaluation.md): deletion and insertion with a blurred and a
-mean-coloured reference, 21 points, at single pixels, cells of 4 x 4 pixels and patches. Areas are means of both references.
-Brackets are 95 % percentile bootstrap intervals over photographs; differences are paired, and *open* where their interval
-holds zero. Both explainers were trained on deletion and insertion with these references, so read the metrics that no map
-was optimised for as well. What a method is: [the methods people use](baselines.md)."""
+Written by `python benchmarks/benchmark_page.py`; do not edit by hand. Explainers beside the methods people use, on
+photographs that no explainer was trained on, under the protocol [`hf_aha`](evaluation.md): deletion and insertion
+with a blurred and a mean-coloured reference, 21 points, at single pixels, cells of 4 x 4 pixels and patches. Areas
+are means of both references. Brackets are 95 % percentile bootstrap intervals over photographs; differences are
+paired, and *open* where their interval holds zero. The explainers were trained on deletion and insertion with these
+references, so read the metrics that no map was optimised for as well. What a method is: [the methods people
+use](baselines.md)."""
 
 
 def page(folders: Mapping[Path, BenchmarkResults]) -> str:

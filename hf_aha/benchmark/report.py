@@ -133,8 +133,8 @@ def _head(results: BenchmarkResults, id2label: dict[int, str]) -> str:
         f"- Maps are for the predicted class; {'no labels' if accuracy is None else f'accuracy {accuracy:.3f}'}",
         *_objects(run.get("masks")),
         f"- Classes never predicted: {len(never)} of {len(id2label)}{f' ({names})' if never else ''}",
-        f"- Passes of the target model: {run['precision']} on {run['device']} ({run['machine']}); those of the methods: "
-        f"{run.get('method_precision', 'float32')}; metrics in float32",
+        f"- Passes of the target model: {run['precision']} on {run['device']} ({run['machine']}); those of the "
+        f"methods: {run.get('method_precision', 'float32')}; metrics in float32",
         f"- {', '.join(f'{name} {number}' for name, number in run['versions'].items())}; seed {run['seed']}",
         f"- Command: `{run['command']}`",
         *(f"- {note}" for note in run["notes"]),
