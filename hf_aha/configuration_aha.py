@@ -61,6 +61,8 @@ class AhaConfig(PreTrainedConfig):
         gradient_layers (`list[int]`, defaults to none): layers of the classifier, from 1, whose tokens' attributions
             along the same points the decoder reads on the patch grid, for no further pass; they take two points at
             least.
+        gradient_detail (`bool`, defaults to `False`): the gradient's score of single pixels passes beside the filter
+            that smooths all others. Deletion of single pixels falls, and maps are less smooth.
         init_from (`dict`, *optional*): the explainer of another classifier that the decoder started from: its name as
             `explainer`, its classifier as `base_model`, and which parts were `copied` and which were `new`.
         includes_classifier (`bool`, defaults to `False`): the classifier's weights lie in the subfolder `classifier`.
@@ -98,6 +100,7 @@ class AhaConfig(PreTrainedConfig):
     gradient_features: int = 0
     gradient_references: list[str] | tuple[str, ...] = ("blur",)
     gradient_layers: list[int] | tuple[int, ...] = ()
+    gradient_detail: bool = False
     init_from: dict[str, Any] | None = None
     includes_classifier: bool = False
     training: dict[str, Any] | None = None
@@ -185,6 +188,8 @@ class AhaConfig(PreTrainedConfig):
                 f"gradient_references must be some of {', '.join(REFERENCES)}, each once, but it is "
                 f"{self.gradient_references}."
             )
+        if self.gradient_detail and not self.gradient_features:
+            raise ValueError("gradient_detail is true, but gradient_features is 0: give 1 or more, or leave it out.")
         if self.gradient_layers and (min(self.gradient_layers) < 1 or self.gradient_features < 2):
             raise ValueError(
                 "gradient_layers must be counted from 1 and need gradient_features of at least 2, but they are "

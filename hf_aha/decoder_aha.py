@@ -121,6 +121,23 @@ class GradientStem(nn.Module):
         )
 
 
+class GradientDetail(nn.Module):
+    """How much of the gradient's score of single pixels passes beside the decoder's filter: one weight, 1 at first.
+
+    The filter forbids patterns of neighbouring pixels, which a decoder would learn whatever the image shows. What
+    differs from pixel to pixel in the gradient's score is the classifier's own, so it may pass; deletion of single
+    pixels gains by it, and smoothness pays.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, fine: torch.Tensor) -> torch.Tensor:
+        """Scores of pixels (B, 1, H, W) -> what the filter takes from them, weighed, float32."""
+        return self.weight.float() * (fine - _smooth(fine))
+
+
 @dataclass(frozen=True)
 class DecoderFeatures:
     """What does not depend on the class asked about, computed once an image.
@@ -165,6 +182,7 @@ class AttributionDecoder(nn.Module):
         half_width: channels at half of the resolution.
         num_gradient_maps: gradient maps an image; 0 for the decoder that reads the forward pass alone.
         num_gradient_token_maps: gradient maps beside these that are constant over a patch.
+        gradient_detail: a `GradientDetail` beside the filter, with gradient maps only.
 
     Example:
         >>> decoder = AttributionDecoder(8, 1, 8, grid_width=8, grid_depth=1, quarter_width=8, half_width=8)
@@ -187,6 +205,7 @@ class AttributionDecoder(nn.Module):
         half_width: int = 16,
         num_gradient_maps: int = 0,
         num_gradient_token_maps: int = 0,
+        gradient_detail: bool = False,
     ):
         super().__init__()
         self.taps = nn.ModuleList(TokenProjection(token_size, grid_width) for _ in range(num_taps))
@@ -201,12 +220,13 @@ class AttributionDecoder(nn.Module):
         self.quarter_to_half = nn.Conv2d(quarter_width, half_width, 1)
         self.half_block = ConvBlock(half_width, 5)
         self.pixel_score = nn.Conv2d(half_width, 4, 1)
-        self.gradient_stem = None
+        self.gradient_stem = self.gradient_detail = None
         if num_gradient_maps:
             # Training starts from the stem's scores, which are good already.
             self.grid_score = MeanOfChannels(grid_width)
             self.pixel_score = MeanOfChannels(half_width, 4)
             self.gradient_stem = GradientStem(num_gradient_maps, num_gradient_token_maps, grid_width, half_width)
+            self.gradient_detail = GradientDetail() if gradient_detail else None
 
     def encode(self, tokens: Sequence[torch.Tensor], pixel_values: torch.Tensor) -> DecoderFeatures:
         """Compute what serves every class.
@@ -269,6 +289,8 @@ class AttributionDecoder(nn.Module):
             if gradient is not None:
                 pixel, coarse = pixel + gradient.fine, coarse + gradient.coarse
             pixel = _smooth(pixel)
+            if self.gradient_detail is not None:
+                pixel = pixel + self.gradient_detail(gradient.fine)
             return _resize(coarse, features.size).add_(pixel)[:, 0]
 
     def forward(

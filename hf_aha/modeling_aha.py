@@ -24,7 +24,7 @@ from transformers.utils.hub import extract_commit_hash
 from .classifier_aha import FINGERPRINT_TOLERANCE, FrozenClassifier, fingerprint_distance
 from .configuration_aha import AhaConfig
 from .contrast_aha import contrast_classes, contrast_scores
-from .decoder_aha import AttributionDecoder, MeanOfChannels
+from .decoder_aha import AttributionDecoder, GradientDetail, MeanOfChannels
 from .encoder_aha import FrozenEncoder, mean_and_std
 from .gradients_aha import gradient_maps
 from .labels_aha import class_index
@@ -64,6 +64,7 @@ _DECODER_SETTINGS = (
     "half_width",
     "gradient_features",
     "gradient_references",
+    "gradient_detail",
 )
 
 # Arguments of `save_pretrained(push_to_hub=True)` that are about the upload.
@@ -141,6 +142,7 @@ class AhaExplainer(PreTrainedModel):
             half_width=config.half_width,
             num_gradient_maps=config.num_gradient_maps,
             num_gradient_token_maps=config.num_gradient_token_maps,
+            gradient_detail=config.gradient_detail,
         )
         self.classifier: FrozenClassifier | None = None
         self.encoder: FrozenEncoder | None = None
@@ -155,6 +157,8 @@ class AhaExplainer(PreTrainedModel):
             init.kaiming_normal_(module.weight, nonlinearity="linear")
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, GradientDetail):
+            init.ones_(module.weight)
         elif isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -198,7 +202,7 @@ class AhaExplainer(PreTrainedModel):
             revision, token, cache_dir, local_files_only: as in transformers, for the classifier given by id.
             dtype, attn_implementation: of the classifier given by id, and of the encoder.
             **decoder_settings: `grid_width`, `grid_depth`, `quarter_width`, `half_width`,
-                `gradient_features` and `gradient_references` of [`AhaConfig`].
+                `gradient_features`, `gradient_references` and `gradient_detail` of [`AhaConfig`].
 
         Raises:
             UnsupportedClassifierError: the model is no classifier of a supported family.
@@ -358,6 +362,8 @@ class AhaExplainer(PreTrainedModel):
             model_arguments = {key: kwargs[key] for key in _MODEL_ARGUMENTS if key in kwargs}
             if attention is not None:
                 model_arguments["attn_implementation"] = attention
+            if classifier is None:
+                classifier = _bundled_classifier(name, config)
             classifier, encoder, processor = load_frozen_parts(place, config, classifier, model_arguments)
             explainer.attach(
                 classifier, encoder=encoder, image_processor=processor, allow_mismatch=allow_classifier_mismatch
@@ -881,6 +887,15 @@ def _bundled_path(name: str | os.PathLike[str]) -> str:
         if os.sep not in str(name) and (bundled / "config.json").is_file():
             return str(bundled)
     return str(name)
+
+
+def _bundled_classifier(folder: str, config: AhaConfig) -> str | None:
+    """The classifier that a bundled explainer shares with another one, which holds it."""
+    bundled = Path(__file__).parent / "bundled"
+    if Path(folder).parent != bundled or config.includes_classifier:
+        return None
+    shared = bundled / str(config.base_model_name_or_path) / CLASSIFIER_SUBFOLDER
+    return str(shared) if (shared / "config.json").is_file() else None
 
 
 def _copy_code(folder: str | os.PathLike[str]) -> None:

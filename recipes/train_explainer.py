@@ -92,6 +92,9 @@ class RecipeArguments(AhaTrainingArguments):
         default=None,
         metadata={"help": "Layers whose tokens the gradients attribute to, from 1, for two points and more."},
     )
+    gradient_detail: bool | None = field(
+        default=None, metadata={"help": "The gradient's score of single pixels passes beside the smoothing filter."}
+    )
     local_files_only: bool = False
 
     CLASSIFIER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,6 +106,7 @@ class RecipeArguments(AhaTrainingArguments):
         "gradient_features",
         "gradient_references",
         "gradient_layers",
+        "gradient_detail",
     )
 
     def __post_init__(self):

@@ -35,6 +35,7 @@ FILLED = {
     "gradient_features": 3,
     "gradient_references": ["black"],
     "gradient_layers": [1, 3],
+    "gradient_detail": True,
     "init_from": {"explainer": "org/explainer", "base_model": None, "copied": ["half_stem"], "new": ["class"]},
     "includes_classifier": True,
     "training": {"steps": 10, "loss": 0.5},
@@ -131,6 +132,7 @@ def test_a_wrong_type_is_refused_on_assignment_too():
         ),
         ("gradient_references", ["white"], "each once, but it is .'white'."),
         ("gradient_references", [], "gradient_references must be some of"),
+        ("gradient_detail", True, "gradient_detail is true, but gradient_features is 0"),
         ("gradient_layers", [1], "need gradient_features of at least 2, but they are .1. with gradient_features=0"),
     ],
 )

@@ -181,6 +181,26 @@ def test_before_training_the_scores_are_integrated_gradients_of_tokens_and_pixel
     torch.testing.assert_close(explainer(pixels, target).scores, (fine + coarse)[:, 0], atol=1e-5, rtol=1e-4)
 
 
+def test_the_detail_lets_the_gradients_score_pass_beside_the_filter():
+    torch.manual_seed(3)
+    explainer = make_explainer(gradient_features=2, gradient_references=["blur"], gradient_detail=True)
+    assert explainer.decoder.gradient_detail.weight.tolist() == [1.0]
+    pixels, target = torch.randn(2, 3, 32, 32), torch.tensor([3, 1])
+    fine = explainer.decoder.gradient_stem(explainer.gradients(pixels, target), (4, 4), (16, 16)).fine[:, 0]
+
+    def with_weight(value: float) -> torch.Tensor:
+        torch.nn.init.constant_(explainer.decoder.gradient_detail.weight, value)
+        with torch.no_grad():
+            return explainer(pixels, target).scores
+
+    none, half, whole = map(with_weight, (0.0, 0.5, 1.0))
+    torch.testing.assert_close(whole - none, 2 * (half - none), atol=1e-5, rtol=1e-4)
+    # Whole, the score of single pixels is untouched: what is left besides it is the same with a smoother one.
+    kernel = torch.tensor([1.0, 2, 1]) / 4
+    smooth = F.conv2d(F.pad(fine[:, None], (1, 1, 1, 1), mode="replicate"), kernel.outer(kernel)[None, None])[:, 0]
+    torch.testing.assert_close(whole - fine, none - smooth, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_maps_do_not_depend_on_the_callers_gradient_mode_and_leave_no_trace(mode):
     explainer = make_explainer()

@@ -90,6 +90,14 @@ def test_a_decoder_that_reads_gradients_leaves_the_scores_of_one_that_does_not(m
     assert_told_truly(again, explainer)
 
 
+def test_a_detail_that_the_source_lacks_begins_as_it_does_in_a_new_decoder(make_explainer, source):
+    gradients = {"gradient_features": 2}
+    trained = randomised(make_explainer(sizes=SIZES | gradients, init_from=source))
+    explainer = make_explainer(sizes={"gradient_detail": True}, init_from=trained)
+    assert explainer.config.init_from["new"] == ["gradient_detail"]
+    assert explainer.decoder.gradient_detail.weight.tolist() == [1.0]
+
+
 def test_another_head_and_patch_size_leave_every_shape(make_explainer, source):
     before = copy.deepcopy(source.decoder.state_dict())
     new = make_explainer(sizes={}, init_from=source, num_labels=7, patch_size=16, seed=1)
