@@ -30,6 +30,7 @@ def bundle(
     *,
     classifier_name: str | None = None,
     include_classifier: bool = True,
+    gradient_detail: bool = False,
     output: Path = BUNDLED,
 ) -> Path:
     """Write OUTPUT/NAME and return it.
@@ -38,6 +39,8 @@ def bundle(
         SystemExit: everything bundled together would exceed 24 MB.
     """
     loaded = AhaExplainer.from_pretrained(explainer, classifier=classifier, dtype=torch.float32)
+    if gradient_detail:
+        loaded = with_gradient_detail(loaded)
     # A folder of one machine means nothing on another: the classifier travels along, or is given with classifier=...
     loaded.config.base_model_name_or_path = classifier_name or name
     folder = output / name
@@ -59,6 +62,21 @@ def bundle(
     return folder
 
 
+def with_gradient_detail(explainer: AhaExplainer) -> AhaExplainer:
+    """The same explainer with the gradient's detail of single pixels, which needs no training."""
+    detailed = AhaExplainer.from_classifier(
+        explainer.classifier.model,
+        image_processor=explainer.image_processor,
+        init_from=explainer,
+        taps=explainer.config.taps,
+        gradient_layers=explainer.config.gradient_layers,
+        gradient_detail=True,
+    )
+    for name in ("base_model_name_or_path", "base_model_revision", "base_model_fingerprint", "init_from", "training"):
+        setattr(detailed.config, name, getattr(explainer.config, name))
+    return detailed
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--explainer", required=True)
@@ -66,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", required=True)
     parser.add_argument("--classifier-name", help="what the config calls the classifier (default: --name)")
     parser.add_argument("--without-classifier", action="store_true", help="bundle the decoder alone")
+    parser.add_argument("--gradient-detail", action="store_true", help="add it to an explainer trained without")
     parser.add_argument("--output", type=Path, default=BUNDLED)
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     bundle(
@@ -74,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.name,
         classifier_name=args.classifier_name,
         include_classifier=not args.without_classifier,
+        gradient_detail=args.gradient_detail,
         output=args.output,
     )
 

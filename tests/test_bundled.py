@@ -30,6 +30,7 @@ def test_weights_fit_the_limit_and_are_half_precision_safetensors():
     assert sorted(path.parent.name for path in weights) == [
         "classifier",
         "imagenette-demo",
+        "imagenette-demo-gradient",
         "vit-s14-imagenette",
         "vit-s14-imagenette-gradient",
     ]
@@ -99,6 +100,32 @@ def test_maps_of_two_classes_part_where_two_photographs_share_one_image(explaine
     assert len(leads) == 10 and np.mean(leads) > 0.3, leads
     # One pair, the dog and the truck, is told apart no better than by chance.
     assert sum(lead > 0.05 for lead in leads) >= 9, leads
+
+
+def test_the_gradient_informed_explainer_shares_the_classifier_and_puts_the_pixels_in_a_better_order(explainer):
+    informed = AhaExplainer.from_pretrained("imagenette-demo-gradient", local_files_only=True).eval()
+    assert informed.config.passes_per_explanation == 5 and informed.config.gradient_detail
+    processor = informed.image_processor
+    photographs = [e.image for e in explainer.explain(list(PHOTOGRAPHS))]
+    pixels = processor(photographs, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        maps = {one: one(pixels) for one in (explainer, informed)}
+    torch.testing.assert_close(maps[explainer].logits, maps[informed].logits, atol=1e-4, rtol=1e-4)
+    norm = Normalization(informed.config.image_mean, informed.config.image_std)
+    reference = norm.normalize(reference_image(norm.denormalize(pixels), "blur"))
+    areas = {
+        one: deletion_insertion_curves(
+            lambda batch: explainer.classifier(batch).logits,
+            pixels,
+            reference,
+            found.scores,
+            found.target,
+            fractions=(0, 0.1, 0.2, 0.3, 0.5, 0.75, 1),
+        )
+        for one, found in maps.items()
+    }
+    assert areas[informed].deletion_auc.mean() < areas[explainer].deletion_auc.mean()
+    assert areas[informed].insertion_auc.mean() > areas[explainer].insertion_auc.mean()
 
 
 @pytest.mark.parametrize(("name", "passes"), [("vit-s14-imagenette", 1), ("vit-s14-imagenette-gradient", 5)])
