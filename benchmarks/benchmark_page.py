@@ -81,7 +81,7 @@ def paired_table(results: BenchmarkResults, ours: MethodRecord) -> Markdown:
             found = [difference(results, ours.name, other.name, *column) for column in columns()]
             rows.append([_title(other), *(Markdown(f"{_text(one, '+')}{marks[verdict(one)]}") for one in found)])
     heads = [f"{GRANULARITIES[level]}, {curve}" for level, curve in columns()]
-    return table([f"better than, by {ours.title}", *heads], rows)
+    return table(["compared with", *heads], rows)
 
 
 def claim(results: BenchmarkResults, ours: MethodRecord, others: Sequence[MethodRecord], which: str) -> str:
@@ -173,10 +173,10 @@ INTRODUCTION = """# Benchmark
 Written by `python benchmarks/benchmark_page.py`; do not edit by hand. Explainers beside the methods people use, on
 photographs that no explainer was trained on, under the protocol [`hf_aha`](evaluation.md): deletion and insertion
 with a blurred and a mean-coloured reference, 21 points, at single pixels, cells of 4 x 4 pixels and patches. Areas
-are means of both references. Brackets are 95 % percentile bootstrap intervals over photographs; differences are
-paired, and *open* where their interval holds zero. The explainers were trained on deletion and insertion with these
-references, so read the metrics that no map was optimised for as well. What a method is: [the methods people
-use](baselines.md)."""
+are means of both references. Brackets are 95 % percentile bootstrap intervals over photographs; differences of an
+explainer to another method are paired, above zero where the explainer is better, and *open* where their interval
+holds zero. The explainers were trained on deletion and insertion with these references, so read the metrics that no
+map was optimised for as well. What a method is: [the methods people use](baselines.md)."""
 
 
 def page(folders: Mapping[Path, BenchmarkResults]) -> str:

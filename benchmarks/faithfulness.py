@@ -47,7 +47,6 @@ PASSES = {
     "centre": "0",
     "gradient x input": "1 forward + 1 backward",
     "integrated gradients": "16 forward + 16 backward",
-    "aha": "1 forward",
 }
 
 
@@ -229,6 +228,12 @@ def table(entries: Sequence[dict], names: Mapping[str, str], kind: str, level: s
     return "\n".join(lines)
 
 
+def _passes_of(head: Mapping[str, object]) -> str:
+    """What an explanation costs, of the first line of an explainer's file."""
+    backward = (head.get("passes", 1) - 1) // 2
+    return f"{1 + backward} forward + {backward} backward" if backward else "1 forward"
+
+
 def section(files: Sequence[str]) -> str:
     """One classifier's part of the results page.
 
@@ -236,18 +241,17 @@ def section(files: Sequence[str]) -> str:
         SystemExit: the files were measured on different photographs.
     """
     heads, entries = [], []
-    names, passes = dict(NAMES), dict(PASSES)
     runs = [read_lines(file) for file in files]
     head = next(head for head, *_ in runs if head["explainer"] is not None)
+    names, passes = dict(NAMES), PASSES | {"aha": _passes_of(head)}
     for other, *rest in runs:
         heads.append(other)
         name = other["explainer"]
         if name not in (None, head["explainer"]):
             # Another explainer of the same classifier is one more row.
             rest = [{**entry, "method": name} if entry.get("method") == "aha" else entry for entry in rest]
-            backward = (other.get("passes", 1) - 1) // 2
             names[name] = f"AHA ({name})"
-            passes[name] = f"{1 + backward} forward + {backward} backward" if backward else "1 forward"
+            passes[name] = _passes_of(other)
         entries += rest
     protocol = {name: head["arguments"][name] for name in ("split", "images", "skip", "seed")}
     for other in heads:

@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 import yaml
 
-from hf_aha import AhaExplainer, create_model_card
+from hf_aha import AhaConfig, AhaExplainer, create_model_card
 from hf_aha.card_files import (
     BUNDLED_PHOTOGRAPHS,
     CARD_FILE,
     EXAMPLES_FOLDER,
     RESULTS_FILE,
+    TRAINING_FOLDER,
     write_examples,
     write_training_files,
 )
@@ -107,7 +108,8 @@ def draw_examples(name: str, explainer: AhaExplainer, folder: Path) -> list[Exam
 def render(name: str, settings: Mapping[str, object], classifier: str | None, cards: Path = CARDS) -> Path:
     """Write one card with everything beside it, and return its folder."""
     folder = cards / name
-    included = (BUNDLED / name / "classifier").is_dir()
+    explained = AhaConfig.from_pretrained(BUNDLED / name).base_model_name_or_path
+    included = (BUNDLED / str(explained) / "classifier").is_dir()
     drawable = classifier is not None or included
     explainer = AhaExplainer.from_pretrained(
         str(BUNDLED / name), classifier=classifier, load_classifier=drawable, dtype=torch.float32
@@ -115,6 +117,8 @@ def render(name: str, settings: Mapping[str, object], classifier: str | None, ca
     examples = draw_examples(name, explainer, folder) if drawable else read_examples(name, cards)
     if settings["training_log"] is not None:
         write_training_files(ROOT / settings["training_log"], folder)
+    else:
+        shutil.rmtree(folder / TRAINING_FOLDER, ignore_errors=True)
     results = measure(name, settings, explainer)
     results.save(folder / RESULTS_FILE)
     card = compose(name, settings, explainer, CardResults.from_dict(results.to_dict()), examples, folder)
