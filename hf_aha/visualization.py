@@ -224,7 +224,7 @@ def comparison_sheet(
         raise ValueError(f"style is {style!r}; it must be 'overlay' or 'heatmap'.")
 
     header_font, row_font, title_font = _font(15, bold=True), _font(14), _font(21, bold=True)
-    headers = [_wrap(_one_line(name), header_font, panel_size, limit=2) for name in ("photograph", *names)]
+    headers = [_wrap(_one_line(name), header_font, panel_size, limit=3) for name in ("photograph", *names)]
     width = 2 * _MARGIN + len(headers) * panel_size + (len(headers) - 1) * _GAP
     lines = _wrap(_one_line(title), title_font, width - 2 * _MARGIN, limit=2)
     header_top = _MARGIN + len(lines) * 30 + (14 if lines else 0)
@@ -411,18 +411,21 @@ def _text_width(text: str, font: ImageFont.FreeTypeFont) -> int:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, limit: int) -> list[str]:
-    """Break `text` at spaces into at most `limit` lines no wider than `width`; an ellipsis stands for the rest."""
+    """Break `text` at spaces and after hyphens into at most `limit` lines no wider than `width`.
+
+    An ellipsis stands for the rest.
+    """
     lines: list[str] = []
     rest = text
     while rest:
         line = rest
         if _text_width(line, font) > width:
-            words = rest.split(" ")
-            fitting = [n for n in range(1, len(words)) if _text_width(" ".join(words[:n]), font) <= width]
+            breaks = [n for n in range(1, len(rest)) if rest[n] == " " or rest[n - 1] == "-"]
+            fitting = [n for n in breaks if _text_width(rest[:n], font) <= width]
             if len(lines) + 1 == limit or not fitting:
                 keep = next((n for n in range(len(rest) - 1, 0, -1) if _text_width(rest[:n] + "…", font) <= width), 0)
                 return [*lines, rest[:keep].rstrip() + "…"]
-            line = " ".join(words[: fitting[-1]])
+            line = rest[: fitting[-1]]
         lines.append(line)
         rest = rest[len(line) :].lstrip()
     return lines

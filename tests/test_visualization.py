@@ -355,3 +355,13 @@ def test_matplotlib_is_loaded_only_when_something_is_drawn_and_pyplot_never():
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_long_name_breaks_after_its_hyphens():
+    from hf_aha.visualization import _font, _text_width, _wrap
+
+    font, name = _font(15, bold=True), "AHA (imagenette-demo-gradient)"
+    lines = _wrap(name, font, 140, limit=3)
+    assert 1 < len(lines) <= 3 and all(_text_width(line, font) <= 140 for line in lines)
+    assert "".join(lines).replace(" ", "") == name.replace(" ", "")
+    assert _wrap(name, font, 140, limit=1)[0].endswith("…")
