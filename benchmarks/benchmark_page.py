@@ -159,7 +159,7 @@ def section(results: BenchmarkResults, folder: Path) -> str:
     metrics = metrics_table(results)
     if metrics is not None:
         blocks += ["### Metrics that no map was optimised for", metrics]
-    blocks += ["### Command", f"<!-- not run: takes an hour of a CPU or more -->\n```\n{run['command']}\n```"]
+    blocks += ["### Command", f"<!-- not run: takes an hour of a CPU or more -->\n```bash\n{run['command']}\n```"]
     pictures = [("maps of every method", "maps"), ("curves at patches", "curves-hf_aha-patch")]
     pictures.append(("quality against cost", "cost-hf_aha-patch"))
     shown = [f"[{words}]({place}/{name}.png)" for words, name in pictures if (folder / f"{name}.png").is_file()]

@@ -38,6 +38,7 @@ NOT_RUN = {
     ("README.md", "installs from a package index"),
     ("README.md", "serves until it is stopped; tests/test_demo*.py drive it"),
     ("docs/baselines.md", "needs the extra bench"),
+    ("docs/benchmark.md", "takes an hour of a CPU or more"),
     ("docs/demo.md", "serves until it is stopped; tests/test_demo*.py drive it"),
     ("docs/get-started.md", "installs from a package index"),
     ("docs/performance.md", "takes minutes; tests/test_benchmarks*.py run the script on tiny settings"),
