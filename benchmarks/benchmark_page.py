@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The page of the benchmarks, `docs/benchmark.md`, from folders of `hf-aha benchmark`.
 
-    python benchmarks/benchmark_page.py benchmarks/results/{vit-s14,imagenette-demo}/benchmark
+    python benchmarks/benchmark_page.py benchmarks/results/{imagenette-demo,vit-s14}/benchmark
 
 For each folder: every method's deletion and insertion area at three granularities, means of the two references of the
 protocol `hf_aha`; each explainer against every other method, paired over photographs; the metrics that no map was
@@ -140,7 +140,7 @@ def section(results: BenchmarkResults, folder: Path) -> str:
     """All of one target."""
     run, place = results.run, f"../{folder.resolve().relative_to(ROOT).as_posix()}"
     most, least = (pick(one.images for one in results.methods) for pick in (max, min))
-    photographs = f"{most} photographs" if most == least else f"{most} photographs ({least} for the slowest methods)"
+    photographs = f"{most} photographs" if most == least else f"{most} photographs ({least} for some methods)"
     blocks = [
         f"## {run['context']['classifier']}",
         f"{photographs}, {run['image_size'][0]} x {run['image_size'][1]} px. Passes on perturbed images: "

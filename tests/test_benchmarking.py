@@ -296,6 +296,15 @@ def test_a_run_of_which_only_the_results_were_kept_goes_on(classifier, tmp_path,
     assert grown.methods[0].seconds[:2] == before.methods[0].seconds
 
 
+def test_results_without_the_numbers_of_single_images_are_not_gone_on_with(classifier, tmp_path):
+    images, settings = images_of(photographs(3)), settings_of(Made())
+    results_of(classifier, images, settings, tmp_path).save(tmp_path)
+    shutil.rmtree(tmp_path / "parts")
+    (tmp_path / "per_image.parquet").unlink()
+    with pytest.raises(BenchmarkError, match="results.json without its per_image.parquet"):
+        measure(classifier, images, settings, tmp_path, resume=True, progress=False)
+
+
 def test_nothing_is_overwritten_or_mixed(classifier, tmp_path):
     images = images_of(photographs(3))
     measure(classifier, images, settings_of(Made()), tmp_path, progress=False)

@@ -106,7 +106,7 @@ def write_examples(
         return None
     many = len(settings.entries) > 8
     sheet = comparison_sheet(rows, row_titles=titles, panel_size=140 if many else 200)
-    return write_atomically(store.folder / "maps.png", lambda file: sheet.save(file, format="PNG"))
+    return write_atomically(store.folder / "maps.png", lambda file: sheet.save(file, format="PNG", optimize=True))
 
 
 def _picture(pixel_values: Any, normalization: Normalization) -> Image.Image:

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from .results import NOT_FINITE, BenchmarkResults, MethodRecord
-from .store import Store, pack, protocol_key
+from .store import BenchmarkError, Store, pack, protocol_key
+
+
+PER_IMAGE_FILE = "per_image.parquet"
 
 
 def restore_parts(store: Store, batch_size: int) -> int:
@@ -24,11 +27,16 @@ def restore_parts(store: Store, batch_size: int) -> int:
         number of parts written.
 
     Raises:
-        BenchmarkError: the results are of another version of hf_aha.
+        BenchmarkError: the results are of another version of hf_aha, or `per_image.parquet` is missing.
         OSError: the folder cannot be written.
     """
     if (store.folder / "parts").exists() or not (store.folder / "results.json").is_file():
         return 0
+    if not (store.folder / PER_IMAGE_FILE).is_file():
+        raise BenchmarkError(
+            f"the folder {store.folder} holds a results.json without its {PER_IMAGE_FILE}, so its numbers cannot be "
+            "gone on with; bring that file back, or give another --output."
+        )
     results, written = BenchmarkResults.load(store.folder), 0
     for record in results.methods:
         failed = {image for image, why in record.failed if why != NOT_FINITE}
