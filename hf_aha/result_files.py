@@ -198,9 +198,11 @@ def _metrics(source: str, results: BenchmarkResults, is_explainer: Callable[[str
     context = results.run["context"]
     for name, by_method in results.metrics.items():
         records = [record for record in results.methods if record.name in by_method]
-        values = {one.title: dict(zip(results.readable(one), by_method[one.name], strict=True)) for one in records}
+        values = {
+            one.title: dict(zip(results.readable(one, name), by_method[one.name], strict=True)) for one in records
+        }
         values = {title: {image: v for image, v in found.items() if np.isfinite(v)} for title, found in values.items()}
-        tried = {record.title: len(results.readable(record)) for record in records}
+        tried = {record.title: len(results.readable(record, name)) for record in records}
         values = {title: found for title, found in values.items() if found}
         if results.directions[name] is None or not values:
             continue

@@ -335,8 +335,8 @@ def test_image_folders_give_boxes_and_masks(evaluate, explainer, tmp_path):
 
 
 def test_all_metrics_are_all_where_there_are_masks():
-    assert find_metrics(["all"], has_masks=True) == (UNOPTIMISED, [])
-    found, (note,) = find_metrics(["all"])
+    assert find_metrics(["all"], has_masks=True) == (UNOPTIMISED, {}, [])
+    found, _, (note,) = find_metrics(["all"])
     assert {*UNOPTIMISED} - {*found} == {"localization"} and "for want of masks of the objects: localization" in note
 
 

@@ -39,6 +39,8 @@ from hf_aha.benchmark.cost import measured_cost
 from hf_aha.benchmark.images import match_classes
 from hf_aha.benchmark.store import average, file_name
 from hf_aha.classifier_aha import FrozenClassifier
+from hf_aha.commands import CommandError
+from hf_aha.commands.measuring import find_metrics
 from hf_aha.metrics import (
     ResultContext,
     evaluate_maps,
@@ -219,6 +221,45 @@ def test_metrics_come_with_their_parts_and_directions(classifier, tmp_path):
     assert found.metrics["randomization"]["made-gradient"] == pytest.approx(np.ones(4))
     text = markdown(found, dict(enumerate(LABELS)))
     assert "| method | road ↑ | randomization ↓ |" in text and "road/blurred_copy" in text
+
+
+def test_a_slow_metric_sees_the_first_images_only(classifier, tmp_path):
+    images, metrics = images_of(photographs(8, broken=(1,))), ("road", "total_variation")
+    some = settings_of(Made(), Entry(get_method("centre"), 2), metrics=metrics, metric_images={"road": 4})
+    found = results_of(classifier, images, some, tmp_path / "some")
+    whole = results_of(classifier, images, settings_of(Made(), metrics=metrics), tmp_path / "whole")
+    made, centre = found.methods
+    for name in ("road", "road/blurred_copy"):
+        assert len(found.readable(made, name)) == 3 and len(found.readable(centre, name)) == 1
+        np.testing.assert_array_equal(found.metrics[name][made.name], whole.metrics[name][made.name][:3])
+        assert len(found.metrics[name]["centre"]) == 1
+    assert len(found.metrics["total_variation"][made.name]) == 7
+    # The batch of images 6 and 7 was not measured, and can be.
+    parts = [json.loads(path.read_text()) for path in sorted((tmp_path / "some").glob("parts/made*/*.json"))]
+    assert ["road" in part["metrics"] for part in parts] == [True, True, False]
+    text = markdown(found, dict(enumerate(LABELS)))
+    assert "| method | road ↑ (first 4 images) | total_variation ↓ |" in text
+    found.save(tmp_path / "some")
+    again = BenchmarkResults.load(tmp_path / "some")
+    assert again.metric_images == {"road": 4} and markdown(again, dict(enumerate(LABELS))) == text
+    shutil.rmtree(tmp_path / "some" / "parts")
+    more = results_of(classifier, images, settings_of(Made(), metrics=metrics), tmp_path / "some", resume=True)
+    for name, by_method in whole.metrics.items():
+        np.testing.assert_array_equal(more.metrics[name][made.name], by_method[made.name])
+
+
+def test_metrics_are_named_with_their_number_of_images():
+    found, first, _ = find_metrics(["road", "grid_pointing:96"])
+    assert [*found] == ["road", "grid_pointing"] and first == {"grid_pointing": 96}
+    found, first, _ = find_metrics(["all:10", "road:5"])
+    assert first == {name: 5 if name == "road" else 10 for name in found}
+    for words, message in (
+        (["road:0"], "'road:0' must be a metric, or a metric and its number of images as in road:100"),
+        (["road", "road:3"], "metric 'road' is named twice"),
+        (["raod:3"], "did you mean 'road'"),
+    ):
+        with pytest.raises(CommandError, match=message):
+            find_metrics(words)
 
 
 # ------------------------------------------------------------------------------------------------- resuming, growing

@@ -69,11 +69,12 @@ def collect(
             found = [part["results"][protocol.name] for part in parts]
             joined = _joined(found, labelled=labels is not None)
             protocols[protocol.name][entry.name] = joined.select(tried)
-        readable = [image for image in tried if image not in unreadable]
         for name in settings.metrics:
-            for column in dict.fromkeys(column for part in parts for column in part["metrics"][name]):
+            readable = [image for image in tried[: settings.metric_images.get(name)] if image not in unreadable]
+            asked = [part for part in parts if name in part["metrics"]]
+            for column in dict.fromkeys(column for part in asked for column in part["metrics"][name]):
                 by_image: dict[str, float | None] = {}
-                for part in parts:
+                for part in asked:
                     values = part["metrics"][name].get(column, [None] * len(part["readable"]))
                     by_image |= dict(zip(part["readable"], values, strict=True))
                 found = [by_image[image] for image in readable]
@@ -92,6 +93,7 @@ def collect(
         protocols=protocols,
         metrics=metrics,
         directions=directions,
+        metric_images={name: images for name, images in settings.metric_images.items() if name in settings.metrics},
         no_mask={image: no_mask[image] for image in images if image in no_mask},
     )
 
@@ -132,7 +134,8 @@ def _read(
     """A part with its curves as arrays, which take a tenth of the memory of the lists that JSON gives."""
     part = store.read(name, batch)
     missing = part is None or any(protocol_key(protocol) not in part["results"] for protocol in settings.protocols)
-    if missing or any(metric not in part["metrics"] for metric in settings.metrics):
+    metrics = settings.metrics_from(batch * settings.batch_size)
+    if missing or any(metric not in part["metrics"] for metric in metrics):
         raise BenchmarkError(f"batch {batch} of {name!r} was not measured; go on with --resume.")
     packed = part.pop("results")
     part["results"] = {

@@ -13,6 +13,7 @@ import torch
 from ..baselines import METHODS, Method, Passes, get_method
 from ..classifier_aha import FrozenClassifier
 from ..modeling_aha import AhaExplainer
+from .counts import counts_of
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,16 +101,10 @@ def parse_entries(words: Sequence[str]) -> list[Entry]:
         >>> [(entry.name, entry.images) for entry in parse_entries(["random", "rise:100"])]
         [('random', None), ('rise', 100)]
     """
-    counts: dict[str, int | None] = {}
-    for word in words:
-        name, colon, count = word.partition(":")
-        if colon and (not count.isdecimal() or int(count) < 1):
-            raise ValueError(f"{word!r} must be a method, or a method and its number of images as in rise:100.")
-        if name in counts:
-            raise ValueError(f"The method {name!r} is named twice.")
+    counts = counts_of(words, "method", "rise:100")
+    for name in counts:
         if name != "all":
             get_method(name)
-        counts[name] = int(count) if colon else None
     if "all" in counts:
         counts = {name: counts.get(name, counts["all"]) for name in METHODS}
     return [Entry(get_method(name), images) for name, images in counts.items()]

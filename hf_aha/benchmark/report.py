@@ -211,7 +211,8 @@ def _metric_tables(results: BenchmarkResults) -> str:
 
 def _metric_table(results: BenchmarkResults, names: list[str]) -> str:
     arrows = {True: " ↑", False: " ↓", None: ""}
-    heads = [f"{name}{arrows[results.directions[name]]}" for name in names]
+    first = {name: results.metric_images.get(name.split("/")[0]) for name in names}
+    heads = [f"{name}{arrows[results.directions[name]]}{_on_first(first[name])}" for name in names]
     lines = [_line(["method", *heads]), _line(["---"] * (len(heads) + 1))]
     for record in results.methods:
         cells = []
@@ -222,6 +223,10 @@ def _metric_table(results: BenchmarkResults, names: list[str]) -> str:
             cells.append("-" if values is None else _cell(summary, None) + left)
         lines.append(_line([record.title, *cells]))
     return "\n".join(lines)
+
+
+def _on_first(images: int | None) -> str:
+    return "" if images is None else f" (first {images} images)"
 
 
 def _cost_table(results: BenchmarkResults) -> str:

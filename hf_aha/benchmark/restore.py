@@ -17,7 +17,8 @@ def restore_parts(store: Store, batch_size: int) -> int:
     """Write the parts that `results.json` and `per_image.parquet` were collected from.
 
     Batches of which a method saw only some images, and those it failed on, are left out, so that they are measured
-    again. Example maps are not in the results and do not come back.
+    again; so are the metrics that saw only some images of a batch. Example maps are not in the results and do not come
+    back.
 
     Args:
         store: of a folder without parts; nothing happens where it holds some, or no results.
@@ -58,14 +59,17 @@ def restore_parts(store: Store, batch_size: int) -> int:
 def _part(results: BenchmarkResults, record: MethodRecord, images: tuple[str, ...]) -> dict[str, Any]:
     """All numbers of one method on one batch, as `_Batch.part` of the runner writes them, without the cost."""
     readable = [image for image in images if image not in results.unreadable]
-    rows = [row for row, image in enumerate(results.readable(record)) if image in readable]
     metrics: dict[str, dict[str, list[float | None]]] = {
-        name: {} for name, direction in results.directions.items() if direction is not None
+        name: {}
+        for name, direction in results.directions.items()
+        if direction is not None and set(readable) <= set(results.readable(record, name))
     }
     for column, by_method in results.metrics.items():
-        if record.name in by_method:
-            values = by_method[record.name][rows]
-            metrics[column.split("/")[0]][column] = [float(value) if np.isfinite(value) else None for value in values]
+        name = column.split("/")[0]
+        if record.name in by_method and name in metrics:
+            numbers = dict(zip(results.readable(record, name), by_method[record.name].tolist(), strict=True))
+            values = [numbers[image] for image in readable]
+            metrics[name][column] = [value if np.isfinite(value) else None for value in values]
     return {
         "images": list(images),
         "unreadable": {image: results.unreadable[image] for image in images if image in results.unreadable},

@@ -61,8 +61,9 @@ class BenchmarkResults:
         methods: in the order of tables.
         protocols: results of each method by protocol name, `protocols[protocol][method]`.
         metrics: values of each method by metric, `metrics["road/morf"][method]`, NaN where an image has none, one an
-            image of `readable(method)`.
+            image of `readable(method, metric)`.
         directions: of each metric, whether higher is better; None for the parts of one.
+        metric_images: metrics that were measured on the first of the images only, and on how many.
         no_mask: readable images without a usable mask of their object, where masks were asked for, with the reason.
     """
 
@@ -75,11 +76,15 @@ class BenchmarkResults:
     protocols: dict[str, dict[str, ProtocolResult]]
     metrics: dict[str, dict[str, np.ndarray]]
     directions: dict[str, bool | None]
+    metric_images: dict[str, int] = field(default_factory=dict)
     no_mask: dict[str, str] = field(default_factory=dict)
 
-    def readable(self, method: MethodRecord) -> list[str]:
-        """Ids of the readable images that a method was tried on."""
-        return [image for image in self.images[: method.images] if image not in self.unreadable]
+    def readable(self, method: MethodRecord, metric: str | None = None) -> list[str]:
+        """Ids of the readable images that a method was tried on, or measured on by a metric (or a part of one)."""
+        tried = self.images[: method.images]
+        if metric is not None:
+            tried = tried[: self.metric_images.get(metric.split("/")[0])]
+        return [image for image in tried if image not in self.unreadable]
 
     def accuracy(self) -> float | None:
         """Share of the labelled images that are classified rightly; None without any."""
@@ -109,7 +114,7 @@ class BenchmarkResults:
         for measure, by_method in self.metrics.items():
             for record in self.methods:
                 if record.name in by_method:
-                    yield measure, record.name, self.readable(record), {"values": by_method[record.name]}
+                    yield measure, record.name, self.readable(record, measure), {"values": by_method[record.name]}
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the numbers of single images, JSON values, with the summary of every number."""
@@ -119,6 +124,7 @@ class BenchmarkResults:
             "images": list(self.images),
             "unreadable": self.unreadable,
             "no_mask": self.no_mask,
+            "metric_images": self.metric_images,
             "predicted": self.predicted,
             "labels": self.labels,
             "accuracy": self.accuracy(),
@@ -218,6 +224,7 @@ class BenchmarkResults:
                 for name, entry in header["metrics"].items()
             },
             directions={name: entry["higher_is_better"] for name, entry in header["metrics"].items()},
+            metric_images=header.get("metric_images", {}),
             no_mask=header.get("no_mask", {}),
         )
 

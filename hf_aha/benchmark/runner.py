@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ class BenchmarkSettings:
         method_precision: of the passes that the methods themselves make, forward and backward; as `precision`.
         seed: of the metrics that draw something.
         examples: keep the maps of this many images for the sheet.
+        metric_images: metrics, by name, that are measured on the first of the images only, and on how many.
 
     Raises:
         ValueError: there is no method, nothing to measure, two methods of one name, or a number is out of range.
@@ -67,6 +68,7 @@ class BenchmarkSettings:
     method_precision: str = "float32"
     seed: int = 0
     examples: int = 4
+    metric_images: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [entry.name for entry in self.entries]
@@ -79,6 +81,14 @@ class BenchmarkSettings:
         for name in ("batch_size", "max_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be positive.")
+
+    def metrics_from(self, first: int) -> dict[str, UnoptimisedMetric]:
+        """The metrics of a batch whose first image has this number."""
+        return {
+            name: metric
+            for name, metric in self.metrics.items()
+            if name not in self.metric_images or first < self.metric_images[name]
+        }
 
 
 def measure(
@@ -203,7 +213,9 @@ def _measure_batch(
         keys = {protocol_key(protocol): protocol for protocol in settings.protocols}
         protocols = {key: one for key, one in keys.items() if part is None or key not in part["results"]}
         metrics = {
-            name: metric for name, metric in settings.metrics.items() if part is None or name not in part["metrics"]
+            name: metric
+            for name, metric in settings.metrics_from(rows.start).items()
+            if part is None or name not in part["metrics"]
         }
         if part is not None and not protocols and not metrics:
             continue

@@ -71,8 +71,9 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, output: str) -> Non
         "--metrics",
         nargs="+",
         default=[],
-        metavar="NAME",
-        help="metrics that no map was optimised for, or all (default: none)",
+        metavar="NAME[:N]",
+        help="metrics that no map was optimised for, or all; road:100 measures one on the first 100 images only "
+        "(default: none)",
     )
     group.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images at a time (default: 8)")
     group.add_argument(
@@ -113,19 +114,25 @@ def find_protocols(
     return [one for one in found.values() if has_labels or one.name not in needing], notes
 
 
-def find_metrics(names: Sequence[str], has_masks: bool = False) -> tuple[dict[str, Any], list[str]]:
-    """The metrics of these names, and notes on what `all` leaves out.
+def find_metrics(words: Sequence[str], has_masks: bool = False) -> tuple[dict[str, Any], dict[str, int], list[str]]:
+    """The metrics of these names, those that see the first images only, and notes on what `all` leaves out.
 
     Args:
-        names: of metrics, or `all`.
+        words: names of metrics, or `all`; each with a number of images behind a colon, or without.
         has_masks: a column with masks or boxes of the objects is named.
 
     Raises:
-        CommandError: there is no such metric (the message lists them), it needs masks of the objects and there are
-            none, or there are masks and no metric of these needs them.
+        CommandError: there is no such metric (the message lists them), it is named twice or its number is none, it
+            needs masks of the objects and there are none, or there are masks and no metric of these needs them.
     """
+    from ..benchmark.counts import counts_of
     from ..metrics.unoptimised import UNOPTIMISED, get_unoptimised
 
+    try:
+        counts = counts_of(words, "metric", "road:100")
+    except ValueError as error:
+        raise CommandError(sentence(error)) from error
+    names = list(counts)
     masked = [name for name, metric in UNOPTIMISED.items() if metric.needs_masks]
     if has_masks:
         if not {"all", *masked} & set(names):
@@ -135,10 +142,10 @@ def find_metrics(names: Sequence[str], has_masks: bool = False) -> tuple[dict[st
             )
         masked = []
     if "all" in names:
-        if not masked:
-            return dict(UNOPTIMISED), []
-        note = f"Not measured, for want of masks of the objects: {', '.join(masked)}."
-        return {name: metric for name, metric in UNOPTIMISED.items() if name not in masked}, [note]
+        found = {name: metric for name, metric in UNOPTIMISED.items() if name not in masked}
+        left_out = [f"Not measured, for want of masks of the objects: {', '.join(masked)}."] if masked else []
+        first = {name: counts.get(name, counts["all"]) for name in found}
+        return found, {name: count for name, count in first.items() if count is not None}, left_out
     for name in names:
         if name in masked:
             raise CommandError(
@@ -146,9 +153,10 @@ def find_metrics(names: Sequence[str], has_masks: bool = False) -> tuple[dict[st
                 "boxes with --box-column."
             )
     try:
-        return {name: get_unoptimised(name) for name in names}, []
+        found = {name: get_unoptimised(name) for name in names}
     except ValueError as error:
         raise CommandError(sentence(error)) from error
+    return found, {name: count for name, count in counts.items() if count is not None}, []
 
 
 def _find_objects(arguments: argparse.Namespace) -> ObjectColumn | None:
@@ -211,7 +219,7 @@ def run_measurement(
     from ..perturbation import Normalization, perturbed_batch_size
 
     objects = _find_objects(arguments)
-    metrics, unmasked = find_metrics(arguments.metrics, objects is not None)
+    metrics, metric_images, unmasked = find_metrics(arguments.metrics, objects is not None)
     find_protocols(protocol_words, explainer, has_labels=True)  # a wrong name is said before anything is loaded
     images, facts, notes = _told(
         lambda: select_images(
@@ -246,6 +254,7 @@ def run_measurement(
             entries=entries,
             protocols=protocols,
             metrics=metrics,
+            metric_images=metric_images,
             context=context,
             normalization=normalization,
             batch_size=arguments.batch_size,
