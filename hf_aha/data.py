@@ -17,7 +17,6 @@ from PIL import Image
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor
 
-from .draws import Generators, uniform
 from .images import ImageReadError, read_image
 from .resized_copies import resized_copies
 
@@ -341,33 +340,3 @@ def collate(rows: list[dict[str, Any]]) -> Batch:
         indices=torch.tensor([row["index"] for row in good], dtype=torch.int64),
         errors=[(row.get("name", row["index"]), row["error"]) for row in rows if "error" in row],
     )
-
-
-def mosaic(pixel_values: torch.Tensor, share: float, generator: Generators) -> torch.Tensor:
-    """Replace one side of a share of the images by the same side of their neighbour in the batch.
-
-    Two objects in one image make the classes compete, so that the explainer learns to tell their evidence apart.
-    Neighbours are the first and second image, the third and fourth, and so on: an even batch can be cut into even
-    batches and stays the same. (The last image of an odd batch takes from the one before.)
-
-    Args:
-        pixel_values: (B, 3, H, W); not changed.
-        share: of the images to change, drawn independently.
-        generator: on the CPU: one for the batch, or one an image.
-    """
-    if share == 0 or len(pixel_values) < 2:
-        return pixel_values
-    rows = torch.arange(len(pixel_values))
-    partners = rows ^ 1
-    mixed, neighbours = pixel_values.clone(), pixel_values[torch.where(partners < len(rows), partners, rows - 1)]
-    height, width = pixel_values.shape[-2:]
-    for row, numbers in enumerate(uniform((len(rows), 3), generator).tolist()):
-        drawn, axis, where = numbers
-        if drawn >= share:
-            continue
-        where = 0.3 + 0.4 * where
-        if axis < 0.5:
-            mixed[row, :, : round(where * height)] = neighbours[row, :, : round(where * height)]
-        else:
-            mixed[row, :, :, : round(where * width)] = neighbours[row, :, :, : round(where * width)]
-    return mixed

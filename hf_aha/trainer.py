@@ -24,13 +24,14 @@ from transformers import get_cosine_schedule_with_warmup
 from .batch_size import memory_errors_explained, with_fitting_batch_size
 from .card_files import TRAINING_FOLDER, TRAINING_LOG, TRAINING_PLOT
 from .checkpoints import clear_leftovers
-from .data import Photographs, UnreadableDataError, mosaic
+from .data import Photographs, UnreadableDataError
 from .differentiable_passes import DifferentiablePasses, enable_checkpointing
 from .draws import StepDraws
 from .files import folder_in_one_step, write_atomically
 from .finite_steps import FiniteSteps, poisoned
 from .hub import add_card
 from .modeling_aha import AhaExplainer
+from .mosaics import mosaic
 from .objectives import FaithfulnessObjective, ObjectiveOutput
 from .perturbation import Normalization
 from .run_checkpoints import RunCheckpoints
@@ -312,7 +313,8 @@ class AhaTrainer:
         With a second class the batch stands twice behind itself, but goes through the plain classifier once.
         """
         device = self.accelerator.device
-        pixel_values = mosaic(pixel_values, self.args.mosaic_share, draws.images).to(device)
+        pixel_values = mosaic(pixel_values, self.args.mosaic_share, draws.images, self.args.mosaic_layout)
+        pixel_values = pixel_values.to(device)
         with torch.no_grad(), self.accelerator.autocast():
             tokens, logits = self.explainer.features(pixel_values)
             logits, labels = logits.float(), labels.to(device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .mosaics import MOSAICS
 from .objectives import FaithfulnessObjective
 from .perturbation import REFERENCES
 from .training_classes import SECOND_CLASSES
@@ -139,7 +140,13 @@ class AhaTrainingArguments:
         ),
     )
     mosaic_share: float = field(
-        default=0.0, metadata=_help("Share of images pasted together from two photographs, so that classes compete.")
+        default=0.0, metadata=_help("Share of images pasted together from photographs, so that classes compete.")
+    )
+    mosaic_layout: str = field(
+        default="halves",
+        metadata=_help(
+            "How they are: halves of two, or quarters, four shrunk to 2 x 2 cells; batches of 4, 8, 12 ..."
+        ),
     )
     tau_start: float = field(default=1.0, metadata=_help("Ranking temperature at the first step."))
     tau_end: float = field(default=0.3, metadata=_help("Ranking temperature at the last step, reached geometrically."))
@@ -215,6 +222,8 @@ class AhaTrainingArguments:
             raise ValueError(f"target_classes must be predicted, label or sampled, but it is {self.target_classes!r}.")
         if self.second_class not in SECOND_CLASSES:
             raise ValueError(f"second_class must be none, rival or label, but it is {self.second_class!r}.")
+        if self.mosaic_layout not in MOSAICS:
+            raise ValueError(f"mosaic_layout must be {' or '.join(MOSAICS)}, but it is {self.mosaic_layout!r}.")
         for name in ("tau_start", "tau_end", "learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, but it is {getattr(self, name)}.")

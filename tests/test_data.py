@@ -1,4 +1,4 @@
-"""Photographs: finding the image column, crops, broken rows, mosaics."""
+"""Photographs: finding the image column, crops, broken rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from hf_aha.data import (
     collate,
     find_label_column,
     load_photographs,
-    mosaic,
     read_row,
 )
 
@@ -254,40 +253,3 @@ def test_processor_crop_equals_the_processor():
     pixels = ProcessorCrop(processor)(image, np.random.default_rng(0))
     assert torch.equal(pixels, processor(image, return_tensors="pt")["pixel_values"][0])
     assert np.allclose(pixels.numpy(), (expected.transpose(2, 0, 1) - 0.4) / 0.2, atol=0.03)
-
-
-# ---------------------------------------------------------------------------------------------- mosaics
-
-
-def test_mosaic_keeps_one_side_and_takes_the_other_from_the_neighbour():
-    images = torch.arange(7.0).view(7, 1, 1, 1).expand(7, 3, 20, 24).clone()
-    before = images.clone()
-    mixed = mosaic(images, 1.0, torch.Generator().manual_seed(0))
-    assert torch.equal(images, before)
-    axes = set()
-    for row, neighbour in enumerate([1, 0, 3, 2, 5, 4, 5]):
-        assert set(mixed[row].unique().tolist()) == {float(row), float(neighbour)}
-        assert mixed[row, :, -1, -1].eq(row).all(), "the lower or right side stays"
-        by_row, by_column = mixed[row, 0, :, -1].eq(neighbour), mixed[row, 0, -1].eq(neighbour)
-        taken = by_row.float().mean() if by_row.any() else by_column.float().mean()
-        assert 0.25 < taken < 0.75
-        axes.add(bool(by_row.any()))
-    assert axes == {True, False}
-
-
-def test_mosaic_changes_the_asked_share_only():
-    images = torch.arange(200.0).view(200, 1, 1, 1).expand(200, 3, 4, 4)
-    mixed = mosaic(images, 0.25, torch.Generator().manual_seed(1))
-    changed = (mixed != images).flatten(1).any(1).float().mean()
-    assert 0.15 < changed < 0.35
-    assert torch.equal(mosaic(images, 0.0, torch.Generator()), images)
-    assert torch.equal(mosaic(images[:1], 1.0, torch.Generator()), images[:1])
-
-
-def test_a_mosaic_does_not_depend_on_how_an_even_batch_is_cut():
-    images = torch.rand(8, 3, 12, 12)
-    generators = [[torch.Generator().manual_seed(row) for row in range(8)] for _ in range(2)]
-    whole = mosaic(images, 0.7, generators[0])
-    parts = [mosaic(images[start : start + 2], 0.7, generators[1][start : start + 2]) for start in range(0, 8, 2)]
-    assert torch.equal(whole, torch.cat(parts))
-    assert not torch.equal(whole, images)

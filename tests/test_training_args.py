@@ -55,6 +55,7 @@ def test_tau_falls_geometrically_from_the_first_to_the_last_step():
         ("seed", -1),
         ("warmup_share", 1.5),
         ("mosaic_share", -0.1),
+        ("mosaic_layout", "thirds"),
         ("ema_decay", 2.0),
         ("mixed_precision", "half"),
         ("target_classes", "all"),
