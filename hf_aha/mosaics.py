@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional as F
 
@@ -12,7 +14,20 @@ MOSAICS = {"halves": 2, "quarters": 4}
 """Ways to paste, and how many photographs that follow each other in a batch are mixed."""
 
 
-def mosaic(pixel_values: torch.Tensor, share: float, generator: Generators, layout: str = "halves") -> torch.Tensor:
+@dataclass(frozen=True)
+class PastedImages:
+    """A batch some images of which are pasted together from several of its photographs.
+
+    Attributes:
+        pixel_values: (B, 3, H, W).
+        source: (B, H, W) int64, row of the photograph that each pixel comes from; its own row where nothing is pasted.
+    """
+
+    pixel_values: torch.Tensor
+    source: torch.Tensor
+
+
+def paste(pixel_values: torch.Tensor, share: float, generator: Generators, layout: str = "halves") -> PastedImages:
     """Replace a share of the images by mosaics of themselves and their neighbours in the batch.
 
     Several objects in one image make the classes compete, so that the explainer learns to tell their evidence apart.
@@ -26,55 +41,72 @@ def mosaic(pixel_values: torch.Tensor, share: float, generator: Generators, layo
             the image itself in any of the four.
 
     Returns:
-        (B, 3, H, W). Neighbours are the first and second image, the third and fourth, and so on (for quarters: the
-        first four, the next four): a batch can be cut into batches of a multiple of 2 (4) and stays the same. Where
-        the last neighbours are fewer, halves take from the image before, and quarters show some photographs twice.
+        the images and where each pixel comes from. Neighbours are the first and second image, the third and fourth,
+        and so on (for quarters: the first four, the next four): a batch can be cut into batches of a multiple of 2 (4)
+        and stays the same. Where the last neighbours are fewer, halves take from the image before, and quarters show
+        some photographs twice.
 
     Raises:
         ValueError: unknown layout.
 
     Example:
-        >>> images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 8, 8)
-        >>> mosaic(images, 1.0, torch.Generator().manual_seed(0), "quarters")[0].round().unique().tolist()
-        [0.0, 1.0, 2.0, 3.0]
+        >>> images = torch.zeros(4, 3, 8, 8)
+        >>> paste(images, 1.0, torch.Generator().manual_seed(0), "quarters").source[0].unique().tolist()
+        [0, 1, 2, 3]
     """
     if layout not in MOSAICS:
         raise ValueError(f"The mosaic layout is {layout!r}, but must be one of {', '.join(map(repr, MOSAICS))}.")
-    if share == 0 or len(pixel_values) < 2:
-        return pixel_values
-    paste = _halves if layout == "halves" else _quarters
+    count, size = len(pixel_values), pixel_values.shape[-2:]
+    source = torch.arange(count).view(-1, 1, 1).repeat(1, *size)
+    if share == 0 or count < 2:
+        return PastedImages(pixel_values, source)
     mixed = pixel_values.clone()
-    for row, (drawn, first, second) in enumerate(uniform((len(mixed), 3), generator).tolist()):
-        if drawn < share:
-            mixed[row] = paste(pixel_values, row, first, second)
-    return mixed
+    for row, (drawn, first, second) in enumerate(uniform((count, 3), generator).tolist()):
+        if drawn < share and layout == "halves":
+            source[row] = _halves(row, count, size, first, second)
+            mixed[row] = torch.where(source[row] == row, pixel_values[row], pixel_values[_partner(row, count)])
+        elif drawn < share:
+            cells = _quarters(row, count, first, second)
+            mixed[row] = _in_cells([pixel_values[index] for index in cells], size)
+            source[row] = _in_cells([torch.full((1, *size), float(index)) for index in cells], size)[0].round()
+    return PastedImages(mixed, source)
 
 
-def _halves(pixel_values: torch.Tensor, row: int, axis: float, where: float) -> torch.Tensor:
-    partner = row ^ 1 if row ^ 1 < len(pixel_values) else row - 1
-    image, (height, width), where = pixel_values[row].clone(), pixel_values.shape[-2:], 0.3 + 0.4 * where
+def _partner(row: int, count: int) -> int:
+    return row ^ 1 if row ^ 1 < count else row - 1
+
+
+def _halves(row: int, count: int, size: torch.Size, axis: float, where: float) -> torch.Tensor:
+    """(H, W) rows of the photographs."""
+    (height, width), where = size, 0.3 + 0.4 * where
+    source = torch.full(size, row)
     if axis < 0.5:
-        image[:, : round(where * height)] = pixel_values[partner, :, : round(where * height)]
+        source[: round(where * height)] = _partner(row, count)
     else:
-        image[:, :, : round(where * width)] = pixel_values[partner, :, :, : round(where * width)]
-    return image
+        source[:, : round(where * width)] = _partner(row, count)
+    return source
 
 
-def _quarters(pixel_values: torch.Tensor, row: int, cell: float, order: float) -> torch.Tensor:
-    height, width = pixel_values.shape[-2:]
+def _quarters(row: int, count: int, cell: float, order: float) -> list[int]:
+    """Rows of the photographs in the four cells, in row order."""
     first = row - row % 4
-    others = [first + k for k in range(4) if first + k != row and first + k < len(pixel_values)]
+    others = [index for index in range(first, min(first + 4, count)) if index != row] or [row]
     shift = int(order * len(others))
     shown = [others[(shift + k) % len(others)] for k in range(3)]
     shown.insert(int(cell * 4), row)
-    # An odd side leaves the left and upper cells a pixel less.
-    sizes = [(h, w) for h in (height // 2, height - height // 2) for w in (width // 2, width - width // 2)]
-    cells = [
-        F.interpolate(pixel_values[index, None].float(), size=size, mode="bilinear", antialias=True)[0]
-        for index, size in zip(shown, sizes, strict=True)
+    return shown
+
+
+def _in_cells(tiles: list[torch.Tensor], size: torch.Size) -> torch.Tensor:
+    """Four images (C, H, W), shrunk to 2 x 2 cells of one; an odd side leaves the left and upper ones a pixel less."""
+    height, width = size
+    cells = [(h, w) for h in (height // 2, height - height // 2) for w in (width // 2, width - width // 2)]
+    small = [
+        F.interpolate(tile[None].float(), size=cell, mode="bilinear", antialias=True)[0]
+        for tile, cell in zip(tiles, cells, strict=True)
     ]
-    rows = [torch.cat(cells[:2], dim=-1), torch.cat(cells[2:], dim=-1)]
-    return torch.cat(rows, dim=-2).to(pixel_values.dtype)
+    rows = [torch.cat(small[:2], dim=-1), torch.cat(small[2:], dim=-1)]
+    return torch.cat(rows, dim=-2).to(tiles[0].dtype)
 
 
-__all__ = ["MOSAICS", "mosaic"]
+__all__ = ["MOSAICS", "PastedImages", "paste"]

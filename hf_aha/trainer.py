@@ -31,9 +31,10 @@ from .files import folder_in_one_step, write_atomically
 from .finite_steps import FiniteSteps, poisoned
 from .hub import add_card
 from .modeling_aha import AhaExplainer
-from .mosaics import mosaic
+from .mosaics import paste
 from .objectives import FaithfulnessObjective, ObjectiveOutput
 from .perturbation import Normalization
+from .pointing_loss import pointing_loss
 from .run_checkpoints import RunCheckpoints
 from .run_files import write_config, write_environment
 from .run_folder import from_main_process, locked_run_folder
@@ -48,6 +49,23 @@ from .training_log import append_entries, read_whole_entries
 from .training_state import TrainingState
 from .training_uploads import TrainingUploads
 from .validation import validation_areas
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredImages:
+    """The images of a step as they are trained on, and what the decoder says of them.
+
+    Attributes:
+        pixel_values: (B, 3, H, W); twice as many as photographs with a second class.
+        target: (B,) classes asked about.
+        scores: (B, H, W).
+        inside: (B, H, W) bool, true on pixels of photographs of the asked class; None where nothing depends on it.
+    """
+
+    pixel_values: torch.Tensor
+    target: torch.Tensor
+    scores: torch.Tensor
+    inside: torch.Tensor | None
 
 
 class AhaTrainer:
@@ -283,12 +301,12 @@ class AhaTrainer:
         perturbed = 2 * points * len(labels) * (1 if self.args.second_class == "none" else 2)
         with memory_errors_explained(len(labels), perturbed, self.step, self.accelerator.device):
             draws = StepDraws.of(self.args.seed, self.step, indices.tolist())
-            pixel_values, target, scores = self._scores_of(self.decoder, pixel_values, labels, draws)
-            if self.finite_steps.check("scores", scores):
-                output = self._objective_of(self.objective, scores, pixel_values, target, draws)
+            scored = self._scores_of(self.decoder, pixel_values, labels, draws)
+            if self.finite_steps.check("scores", scored.scores):
+                output = self._objective_of(self.objective, scored, draws)
             else:
-                output = ObjectiveOutput(*[poisoned(scores)] * 4)
-            loss = output.loss if self.finite_steps.check("loss", output.loss) else poisoned(scores)
+                output = ObjectiveOutput(*[poisoned(scored.scores)] * 4)
+            loss = output.loss if self.finite_steps.check("loss", output.loss) else poisoned(scored.scores)
             self.accelerator.backward(loss)
         take = True
         if self.accelerator.sync_gradients:
@@ -307,38 +325,49 @@ class AhaTrainer:
 
     def _scores_of(
         self, decoder: Callable[..., torch.Tensor], pixel_values: torch.Tensor, labels: torch.Tensor, draws: StepDraws
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The pixels as they are trained on, the classes explained, and their scores.
+    ) -> ScoredImages:
+        """What the decoder answers on the images as they are trained on.
 
         With a second class the batch stands twice behind itself, but goes through the plain classifier once.
         """
         device = self.accelerator.device
-        pixel_values = mosaic(pixel_values, self.args.mosaic_share, draws.images, self.args.mosaic_layout)
-        pixel_values = pixel_values.to(device)
+        pasted = paste(pixel_values, self.args.mosaic_share, draws.images, self.args.mosaic_layout)
+        images, source, inside = pasted.pixel_values.to(device), pasted.source.to(device), None
         with torch.no_grad(), self.accelerator.autocast():
-            tokens, logits = self.explainer.features(pixel_values)
+            tokens, logits = self.explainer.features(images)
             logits, labels = logits.float(), labels.to(device)
-            target = first_classes(self.args.target_classes, logits, labels, draws.images)
+            asks_alone = self.args.target_classes == "alone" or self.args.pointing_weight > 0
+            alone = self.classifier(pixel_values.to(device)).logits.argmax(-1) if asks_alone else None
+            target = first_classes(self.args.target_classes, logits, labels, draws.images, alone)
             if self.args.second_class != "none":
                 target = torch.cat([target, second_classes(self.args.second_class, logits, labels, target)])
-                pixel_values, tokens = torch.cat([pixel_values] * 2), [torch.cat([each] * 2) for each in tokens]
-            gradients = self.explainer.gradients(pixel_values, target)
-        return pixel_values, target, decoder(tokens, pixel_values, self.classifier.class_vectors(target), gradients)
+                images, source = torch.cat([images] * 2), torch.cat([source] * 2)
+                tokens = [torch.cat([each] * 2) for each in tokens]
+            if self.args.pointing_weight > 0:
+                inside = alone[source] == target[:, None, None]
+            gradients = self.explainer.gradients(images, target)
+        scores = decoder(tokens, images, self.classifier.class_vectors(target), gradients)
+        return ScoredImages(images, target, scores, inside)
 
     def _objective_of(
-        self,
-        objective: FaithfulnessObjective,
-        scores: torch.Tensor,
-        pixel_values: torch.Tensor,
-        target: torch.Tensor,
-        draws: StepDraws,
+        self, objective: FaithfulnessObjective, scored: ScoredImages, draws: StepDraws
     ) -> ObjectiveOutput:
-        tau = self.args.tau(self.step)
+        tau, scores = self.args.tau(self.step), scored.scores.float()
         if self.args.second_class != "none":
             draws = draws.times(2)
-        return objective(
-            scores.float(), pixel_values, target, self._logits_of, self.normalization, tau=tau, generator=draws
+        output = objective(
+            scores,
+            scored.pixel_values,
+            scored.target,
+            self._logits_of,
+            self.normalization,
+            tau=tau,
+            generator=draws,
         )
+        if scored.inside is None:
+            return output
+        pointing = self.args.pointing_weight * pointing_loss(scores, scored.inside)
+        return dataclasses.replace(output, loss=output.loss + pointing)
 
     def _try_batch(self, count: int) -> None:
         """Go through a step's passes with `count` images, without changing anything."""
@@ -349,8 +378,8 @@ class AhaTrainer:
         try:
             for objective in self.objective.extremes():
                 pixel_values, labels = torch.zeros(count, 3, *size), torch.zeros(count, dtype=torch.int64)
-                pixel_values, target, scores = self._scores_of(decoder, pixel_values, labels, draws)
-                self._objective_of(objective, scores, pixel_values, target, draws).loss.backward()
+                scored = self._scores_of(decoder, pixel_values, labels, draws)
+                self._objective_of(objective, scored, draws).loss.backward()
         finally:
             self.explainer.decoder.zero_grad()
 

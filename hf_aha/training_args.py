@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from .mosaics import MOSAICS
 from .objectives import FaithfulnessObjective
 from .perturbation import REFERENCES
-from .training_classes import SECOND_CLASSES
+from .training_classes import FIRST_CLASSES, SECOND_CLASSES
 
 
 _COUNTS = (
@@ -130,7 +130,10 @@ class AhaTrainingArguments:
     preset: str = field(default="default", metadata=_help("Objective settings to start from: default or paper."))
     target_classes: str = field(
         default="predicted",
-        metadata=_help("Class explained in training: predicted, label, or sampled from the predicted probabilities."),
+        metadata=_help(
+            "Class explained in training: predicted, label, sampled from the predicted probabilities, or alone, "
+            "predicted for the photograph without what is pasted beside it."
+        ),
     )
     second_class: str = field(
         default="none",
@@ -146,6 +149,13 @@ class AhaTrainingArguments:
         default="halves",
         metadata=_help(
             "How they are: halves of two, or quarters, four shrunk to 2 x 2 cells; batches of 4, 8, 12 ..."
+        ),
+    )
+    pointing_weight: float = field(
+        default=0.0,
+        metadata=_help(
+            "Weight of the loss that draws a class's map into its own photographs of a pasted image; the grid "
+            "pointing game is then no independent test."
         ),
     )
     tau_start: float = field(default=1.0, metadata=_help("Ranking temperature at the first step."))
@@ -215,11 +225,17 @@ class AhaTrainingArguments:
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but it is {getattr(self, name)}.")
-        for name in ("weight_decay", "dataloader_num_workers", "max_unreadable", "seed"):
+        if self.pointing_weight > 0 and self.mosaic_share == 0:
+            raise ValueError(
+                f"pointing_weight is {self.pointing_weight}, but no image is pasted together; give a mosaic_share."
+            )
+        for name in ("pointing_weight", "weight_decay", "dataloader_num_workers", "max_unreadable", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but it is {getattr(self, name)}.")
-        if self.target_classes not in ("predicted", "label", "sampled"):
-            raise ValueError(f"target_classes must be predicted, label or sampled, but it is {self.target_classes!r}.")
+        if self.target_classes not in FIRST_CLASSES:
+            raise ValueError(
+                f"target_classes must be predicted, label, sampled or alone, but it is {self.target_classes!r}."
+            )
         if self.second_class not in SECOND_CLASSES:
             raise ValueError(f"second_class must be none, rival or label, but it is {self.second_class!r}.")
         if self.mosaic_layout not in MOSAICS:

@@ -8,18 +8,29 @@ from .draws import Generators, uniform
 from .metrics.discrimination import runner_up
 
 
+FIRST_CLASSES = ("predicted", "label", "sampled", "alone")
+"""What the setting `target_classes` of a training takes."""
+
 SECOND_CLASSES = ("none", "rival", "label")
 """What the setting `second_class` of a training takes."""
 
 
-def first_classes(kind: str, logits: torch.Tensor, labels: torch.Tensor, generator: Generators) -> torch.Tensor:
+def first_classes(
+    kind: str,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    generator: Generators,
+    alone: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The class explained on each image, whatever else is.
 
     Args:
-        kind: `"predicted"`, `"label"`, or `"sampled"` from the predicted probabilities.
+        kind: `"predicted"`, `"label"`, `"sampled"` from the predicted probabilities, or `"alone"`, predicted for the
+            photograph alone, without what is pasted beside it.
         logits: (B, C) float32 of the classifier.
         labels: (B,) int64; read for `"label"` only.
         generator: of the sampling.
+        alone: (B,) int64, class predicted for each photograph alone; read for `"alone"` only.
 
     Returns:
         (B,) int64.
@@ -31,6 +42,8 @@ def first_classes(kind: str, logits: torch.Tensor, labels: torch.Tensor, generat
     """
     if kind == "label":
         return labels
+    if kind == "alone":
+        return alone
     if kind == "sampled":
         below = logits.softmax(-1).cumsum(-1)
         drawn = uniform((len(logits), 1), generator).to(below) * below[:, -1:]
@@ -63,4 +76,4 @@ def second_classes(kind: str, logits: torch.Tensor, labels: torch.Tensor, first:
     return torch.where(labels == first, rival, labels) if kind == "label" else rival
 
 
-__all__ = ["SECOND_CLASSES", "first_classes", "second_classes"]
+__all__ = ["FIRST_CLASSES", "SECOND_CLASSES", "first_classes", "second_classes"]

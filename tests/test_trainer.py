@@ -20,7 +20,9 @@ from hf_aha import AhaExplainer
 from hf_aha.data import Photographs, ProcessorCrop, RandomCrop, load_photographs
 from hf_aha.decoder_aha import AttributionDecoder
 from hf_aha.draws import StepDraws
-from hf_aha.trainer import AhaTrainer, UnreadableDataError
+from hf_aha.mosaics import paste
+from hf_aha.pointing_loss import pointing_loss
+from hf_aha.trainer import AhaTrainer, ScoredImages, UnreadableDataError
 from hf_aha.training_args import AhaTrainingArguments
 
 
@@ -366,6 +368,7 @@ def test_a_dataset_without_a_readable_row_is_refused(tmp_path, explainer, make_p
     "changes",
     [
         {"target_classes": "sampled", "mosaic_share": 1.0},
+        {"target_classes": "alone", "mosaic_share": 1.0, "mosaic_layout": "quarters", "pointing_weight": 0.2},
         {"target_classes": "label", "gradient_accumulation_steps": 2},
         {"preset": "paper", "grid_range": [4, 6]},
         {"target_classes": "sampled", "second_class": "rival", "gradient_accumulation_steps": 2},
@@ -398,20 +401,42 @@ def test_two_classes_of_an_image_are_trained_as_two_images(tmp_path, explainer, 
         predicted = explainer.classifier(pixels).logits.argmax(-1)
     labels = torch.stack([predicted[0], (predicted[1] + 1) % 5, (predicted[2] + 2) % 5])
     draws = StepDraws.of(0, 0, rows.tolist())
-    seen, target, scores = trainer._scores_of(explainer.decoder, pixels, labels, draws)
+    scored = trainer._scores_of(explainer.decoder, pixels, labels, draws)
+    seen, target = scored.pixel_values, scored.target
     assert asked == [3], "the plain classifier runs once an image"
     assert torch.equal(seen, torch.cat([pixels, pixels])) and torch.equal(target[:3], predicted)
     assert torch.equal(target[4:], labels[1:]) and target[3] != labels[0]
-    whole = trainer._objective_of(trainer.objective, scores, seen, target, draws).loss
+    whole = trainer._objective_of(trainer.objective, scored, draws).loss
     # With all points of the curves and one reference nothing is drawn: two plain runs, one a class.
     single = AhaTrainer(
         explainer, arguments(tmp_path / "single", **{**changes, "second_class": "none"}), make_photographs()
     )
     parts = [
-        single._objective_of(single.objective, scores[part], pixels, target[part], draws).loss
+        single._objective_of(
+            single.objective, ScoredImages(pixels, target[part], scored.scores[part], None), draws
+        ).loss
         for part in (slice(0, 3), slice(3, 6))
     ]
     torch.testing.assert_close(whole, sum(parts) / 2)
+
+
+def test_a_map_is_drawn_into_the_photographs_of_its_class(tmp_path, explainer, make_photographs):
+    """The loss of the trainer is the objective's plus the pointing loss, with the classes of the photographs alone."""
+    settings = {"mosaic_share": 1.0, "mosaic_layout": "quarters", "target_classes": "alone", "second_class": "rival"}
+    pixels, rows = torch.randn(4, 3, 32, 32), torch.arange(4)
+    with torch.no_grad():
+        alone = explainer.classifier(pixels).logits.argmax(-1)
+    losses = {}
+    for weight in (0.0, 0.5):
+        args = arguments(tmp_path / str(weight), pointing_weight=weight, **settings)
+        trainer, draws = AhaTrainer(explainer, args, make_photographs()), StepDraws.of(0, 0, rows.tolist())
+        scored = trainer._scores_of(explainer.decoder, pixels, torch.full((4,), -1), draws)
+        assert torch.equal(scored.target[:4], alone) and not torch.equal(scored.pixel_values[:4], pixels)
+        losses[weight] = trainer._objective_of(trainer.objective, scored, draws).loss
+    source = paste(pixels, 1.0, StepDraws.of(0, 0, rows.tolist()).images, "quarters").source
+    inside = alone[torch.cat([source, source])] == scored.target[:, None, None]
+    assert torch.equal(scored.inside, inside) and inside[:4].any((1, 2)).all()
+    torch.testing.assert_close(losses[0.5] - losses[0.0], 0.5 * pointing_loss(scored.scores, inside))
 
 
 def test_gradient_accumulation_equals_one_larger_batch(tmp_path, explainer, make_photographs):

@@ -56,6 +56,8 @@ def test_tau_falls_geometrically_from_the_first_to_the_last_step():
         ("warmup_share", 1.5),
         ("mosaic_share", -0.1),
         ("mosaic_layout", "thirds"),
+        ("pointing_weight", -1.0),
+        ("pointing_weight", 0.1),  # without images pasted together
         ("ema_decay", 2.0),
         ("mixed_precision", "half"),
         ("target_classes", "all"),

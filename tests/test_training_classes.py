@@ -5,18 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hf_aha.training_classes import SECOND_CLASSES, first_classes, second_classes
+from hf_aha.training_classes import FIRST_CLASSES, SECOND_CLASSES, first_classes, second_classes
 
 
 LOGITS = torch.tensor([[0.0, 2.0, 1.0]])
 
 
-@pytest.mark.parametrize("kind", ["predicted", "label", "sampled"])
+@pytest.mark.parametrize("kind", FIRST_CLASSES)
 def test_the_class_explained_is_the_one_asked_for(kind):
-    logits, labels = LOGITS.expand(3000, -1), torch.full((3000,), 2)
-    drawn = first_classes(kind, logits, labels, torch.Generator().manual_seed(0))
+    logits, labels, alone = LOGITS.expand(3000, -1), torch.full((3000,), 2), torch.zeros(3000, dtype=torch.long)
+    drawn = first_classes(kind, logits, labels, torch.Generator().manual_seed(0), alone)
     shares = torch.bincount(drawn, minlength=3) / 3000
-    expected = {"predicted": [0, 1, 0], "label": [0, 0, 1], "sampled": LOGITS[0].softmax(-1).tolist()}[kind]
+    one = {"predicted": [0, 1, 0], "label": [0, 0, 1], "alone": [1, 0, 0]}
+    expected = one.get(kind, LOGITS[0].softmax(-1).tolist())
     assert shares.tolist() == pytest.approx(expected, abs=0.04)
 
 
