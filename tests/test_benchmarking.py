@@ -40,7 +40,7 @@ from hf_aha.benchmark.images import match_classes
 from hf_aha.benchmark.store import average, file_name
 from hf_aha.classifier_aha import FrozenClassifier
 from hf_aha.commands import CommandError
-from hf_aha.commands.measuring import find_metrics
+from hf_aha.commands.measuring import _trained_on, find_metrics
 from hf_aha.metrics import (
     ResultContext,
     evaluate_maps,
@@ -260,6 +260,21 @@ def test_metrics_are_named_with_their_number_of_images():
     ):
         with pytest.raises(CommandError, match=message):
             find_metrics(words)
+
+
+def test_what_an_explainer_was_trained_for_is_noted():
+    from hf_aha import AhaExplainer
+
+    sizes = {"grid_width": 8, "grid_depth": 1, "quarter_width": 8, "half_width": 8}
+    explainer = AhaExplainer.from_classifier(build_classifier("vit"), image_processor=PROCESSOR, **sizes)
+    entries = [Entry(LearnedExplainer(explainer=explainer, label="aha")), Entry(get_method("centre"))]
+    assert _trained_on(entries) == []
+    explainer.config.training = {"arguments": {"references": ["blur", "mean"], "pointing_weight": 0.5}}
+    curves, game = _trained_on(entries)
+    assert "AHA was trained on deletion and insertion with the references blur and mean" in curves
+    assert "grid_pointing is no independent test" in game
+    explainer.config.training["arguments"]["pointing_weight"] = 0.0
+    assert _trained_on(entries) == [curves]
 
 
 # ------------------------------------------------------------------------------------------------- resuming, growing

@@ -291,3 +291,40 @@ def test_a_target_that_cannot_be_trained_is_one_sentence(
     assert "teacher has 5 classes and the model 3" in refused(
         "--model", classifier_folder, "--teacher", str(tmp_path / "five")
     )
+
+
+# ---------------------------------------------------------------------------------------------- interpolate.py
+
+
+@pytest.fixture
+def interpolate():
+    return importlib.import_module("interpolate")
+
+
+def saved_explainer(folder: Path, classifier: str, seed: int, **sizes: int) -> str:
+    torch.manual_seed(seed)
+    sizes = {"grid_width": 8, "grid_depth": 1, "quarter_width": 8, "half_width": 8, **sizes}
+    AhaExplainer.from_classifier(classifier, **sizes).save_pretrained(folder)
+    return str(folder)
+
+
+def test_weights_are_interpolated(tmp_path, interpolate, classifier_folder):
+    ends = [saved_explainer(tmp_path / name, classifier_folder, seed) for seed, name in enumerate("ab")]
+    before, after = (AhaExplainer.from_pretrained(end).decoder.state_dict() for end in ends)
+    for share in (0.0, 0.25, 1.0, 1.5):
+        interpolate.main([*ends, "--share", str(share), "--output", str(tmp_path / "mixed")])
+        mixed = AhaExplainer.from_pretrained(tmp_path / "mixed")
+        assert mixed.config.training["interpolation_share"] == share
+        for name, found in mixed.decoder.state_dict().items():
+            torch.testing.assert_close(found, (1 - share) * before[name] + share * after[name], atol=1e-6, rtol=1e-5)
+
+
+def test_decoders_of_two_shapes_are_not_interpolated(tmp_path, interpolate, classifier_folder):
+    ends = [
+        saved_explainer(tmp_path / "a", classifier_folder, 0),
+        saved_explainer(tmp_path / "b", classifier_folder, 0, half_width=4),
+    ]
+    words = [*ends, "--share", "0.5", "--output", str(tmp_path / "mixed")]
+    assert "one was trained on from the other" in one_sentence(interpolate.main, words)
+    assert "a-misspelt-folder" in one_sentence(interpolate.main, [str(tmp_path / "a-misspelt-folder"), *words[1:]])
+    assert not (tmp_path / "mixed").exists()

@@ -315,11 +315,17 @@ def _trained_on(entries: Sequence[Entry]) -> list[str]:
     for entry in entries:
         explainer = getattr(entry.method, "explainer", None)
         training = None if explainer is None else explainer.config.training
-        references = (training or {}).get("arguments", {}).get("references")
+        settings = (training or {}).get("arguments", {})
+        references = settings.get("references")
         if references:
             notes.append(
                 f"{entry.method.title} was trained on deletion and insertion with the references "
                 f"{' and '.join(references)}, so such curves measure what it was trained for."
+            )
+        if settings.get("pointing_weight"):
+            notes.append(
+                f"{entry.method.title} was trained to point into its class's photograph of a mosaic, so grid_pointing "
+                "is no independent test of it."
             )
     return notes
 
