@@ -139,8 +139,9 @@ def metrics_table(results: BenchmarkResults) -> Markdown | None:
 def section(results: BenchmarkResults, folder: Path) -> str:
     """All of one target."""
     run, place = results.run, f"../{folder.resolve().relative_to(ROOT).as_posix()}"
-    most, least = (pick(one.images for one in results.methods) for pick in (max, min))
-    photographs = f"{most} photographs" if most == least else f"{most} photographs ({least} for some methods)"
+    counts = sorted({one.images for one in results.methods}, reverse=True)
+    fewer = f" (for some methods the first {' or '.join(map(str, counts[1:]))} of them)" if counts[1:] else ""
+    photographs = f"{counts[0]} photographs{fewer}"
     blocks = [
         f"## {run['context']['classifier']}",
         f"{photographs}, {run['image_size'][0]} x {run['image_size'][1]} px. Passes on perturbed images: "
