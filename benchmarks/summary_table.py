@@ -83,8 +83,9 @@ def summary_table(results: BenchmarkResults) -> str:
         f"{table(header, rows)}\n\n"
         f"*Insertion minus deletion area (higher is better) for `{classifier}`, protocol `hf_aha` version {version}, "
         f"mean of its two references; photographs of the split `{context['split']}` of {dataset}, seed {run['seed']}; "
-        "brackets are 95 % intervals over photographs, an asterisk marks a significant paired difference to "
-        f"{results.methods[0].title}. {' '.join([f'{libraries}.', *run['notes']])}*"
+        "brackets are 95 % intervals over photographs, fewer images are the first of the same, an asterisk marks a "
+        f"significant paired difference to {results.methods[0].title}, on the images of both. "
+        f"{' '.join([f'{libraries}.', *run['notes']])}*"
     )
 
 
