@@ -27,18 +27,15 @@ from hf_aha.metrics import choose_groups, make_mosaics
 from hf_aha.metrics.curves import deletion_insertion_curves
 from hf_aha.metrics.passes import TargetPasses
 from hf_aha.metrics.pointing import MIN_PROBABILITY
+from hf_aha.metrics.rank_maps import top_share
 from hf_aha.metrics.results import bootstrap
 from hf_aha.perturbation import Normalization, gaussian_blur, reference_image
+from hf_aha.ranking import standardize
 
 
 REFERENCES = ("blur", "mean")
 ELEVEN = tuple(step / 10 for step in range(11))
 CELLS = 4
-
-
-def standardised(scores: torch.Tensor) -> torch.Tensor:
-    """Scores (B, H, W) with mean 0 and standard deviation 1 an image."""
-    return (scores - scores.mean((1, 2), keepdim=True)) / scores.std((1, 2), keepdim=True)
 
 
 def inside_cells(size: Sequence[int], mosaics: int) -> torch.Tensor:
@@ -50,7 +47,7 @@ def inside_cells(size: Sequence[int], mosaics: int) -> torch.Tensor:
 
 def variants(scores: torch.Tensor, inside: torch.Tensor, sigma: float) -> dict[str, torch.Tensor]:
     """The maps that are compared."""
-    scores = standardised(scores)
+    scores = standardize(scores.flatten(1)).view_as(scores)
     return {
         "as it is": scores,
         "smoothed": gaussian_blur(scores[:, None], sigma)[:, 0],
@@ -60,8 +57,8 @@ def variants(scores: torch.Tensor, inside: torch.Tensor, sigma: float) -> dict[s
 
 def share_inside(scores: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """(B,) share of the top quarter of the pixels that lies in the cell."""
-    flat, inside = scores.flatten(1), inside.flatten(1)
-    return inside.float().gather(1, flat.topk(flat.shape[1] // CELLS, dim=1).indices).mean(1)
+    inside = inside.flatten(1)
+    return top_share(scores.flatten(1), inside, inside.sum(1))
 
 
 def measure_map(
@@ -98,20 +95,25 @@ def measure_map(
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, object]:
     """All maps of all explainers on the same mosaics."""
-    explainers = {
-        name: AhaExplainer.from_pretrained(name, classifier=args.classifier).eval() for name in args.explainers
-    }
+    try:
+        explainers = {
+            name: AhaExplainer.from_pretrained(name, classifier=args.classifier).eval() for name in args.explainers
+        }
+        dataset, column = load_photographs(args.dataset, split=args.split)
+    except (OSError, ValueError) as error:
+        sys.exit(f"Nothing was measured: {error}")
     host = next(iter(explainers.values()))
-    dataset, column = load_photographs(args.dataset, split=args.split)
-    dataset = dataset.shuffle(seed=0).select(range(args.rows))
+    dataset = dataset.shuffle(seed=0).select(range(min(args.rows, len(dataset))))
     photographs = Photographs(dataset, column, ProcessorCrop(host.image_processor))
     pixel_values = collate([photographs[row] for row in range(len(photographs))]).pixel_values
+    if pixel_values is None:
+        sys.exit(f"None of the {len(photographs)} photographs can be read.")
     passes = TargetPasses(host.classifier, compiled=args.compile)
     probability, predicted = torch.cat([passes(part) for part in pixel_values.split(20)]).float().softmax(-1).max(-1)
     groups = choose_groups(predicted, probability, min_probability=args.min_probability)[: args.mosaics]
     if not len(groups):
         sys.exit(
-            f"No four of the {args.rows} photographs are confidently put into different classes; give more --rows."
+            f"No four of {len(pixel_values)} photographs are confidently put into different classes; give more --rows."
         )
     mosaics = make_mosaics(pixel_values, groups).repeat_interleave(CELLS, 0)
     target, size = predicted[groups].flatten(), mosaics.shape[-2:]

@@ -57,10 +57,10 @@ def paste(pixel_values: torch.Tensor, share: float, generator: Generators, layou
     if layout not in MOSAICS:
         raise ValueError(f"The mosaic layout is {layout!r}, but must be one of {', '.join(map(repr, MOSAICS))}.")
     count, size = len(pixel_values), pixel_values.shape[-2:]
-    source = torch.arange(count).view(-1, 1, 1).repeat(1, *size)
+    source = torch.arange(count).view(-1, 1, 1).expand(-1, *size)
     if share == 0 or count < 2:
         return PastedImages(pixel_values, source)
-    mixed = pixel_values.clone()
+    mixed, source = pixel_values.clone(), source.clone()
     for row, (drawn, first, second) in enumerate(uniform((count, 3), generator).tolist()):
         if drawn < share and layout == "halves":
             source[row] = _halves(row, count, size, first, second)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .ranking import standardize
+
 
 def pointing_loss(scores: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """How improbable it is that a map points into the photographs of the class it was asked about.
@@ -26,9 +28,7 @@ def pointing_loss(scores: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
         >>> round(pointing_loss(scores, inside).exp().item(), 4)
         4.0
     """
-    flat, inside = scores.flatten(1), inside.flatten(1)
-    spread = flat.std(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny ** 0.5)
-    logits = (flat - flat.mean(1, keepdim=True)) / spread
+    logits, inside = standardize(scores.flatten(1)), inside.flatten(1)
     apart = inside.any(1) & ~inside.all(1)
     # Rows that do not count are given a finite logarithm, so that their gradient is zero and not NaN.
     kept = torch.where(apart[:, None], inside, True)

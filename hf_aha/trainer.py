@@ -332,7 +332,7 @@ class AhaTrainer:
         """
         device = self.accelerator.device
         pasted = paste(pixel_values, self.args.mosaic_share, draws.images, self.args.mosaic_layout)
-        images, source, inside = pasted.pixel_values.to(device), pasted.source.to(device), None
+        images, inside = pasted.pixel_values.to(device), None
         with torch.no_grad(), self.accelerator.autocast():
             tokens, logits = self.explainer.features(images)
             logits, labels = logits.float(), labels.to(device)
@@ -341,10 +341,10 @@ class AhaTrainer:
             target = first_classes(self.args.target_classes, logits, labels, draws.images, alone)
             if self.args.second_class != "none":
                 target = torch.cat([target, second_classes(self.args.second_class, logits, labels, target)])
-                images, source = torch.cat([images] * 2), torch.cat([source] * 2)
-                tokens = [torch.cat([each] * 2) for each in tokens]
+                images, tokens = torch.cat([images] * 2), [torch.cat([each] * 2) for each in tokens]
             if self.args.pointing_weight > 0:
-                inside = alone[source] == target[:, None, None]
+                shown = alone[pasted.source.to(device)]  # the class that each pixel's photograph has alone
+                inside = shown.repeat(len(target) // len(shown), 1, 1) == target[:, None, None]
             gradients = self.explainer.gradients(images, target)
         scores = decoder(tokens, images, self.classifier.class_vectors(target), gradients)
         return ScoredImages(images, target, scores, inside)

@@ -12,6 +12,7 @@ OUTPUT is an explainer folder without the classifier; give the classifier again 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 from hf_aha import AhaExplainer
+from hf_aha.classifier_aha import FINGERPRINT_TOLERANCE, fingerprint_distance
 
 
 def interpolate(first: AhaExplainer, second: AhaExplainer, share: float) -> AhaExplainer:
@@ -32,8 +34,14 @@ def interpolate(first: AhaExplainer, second: AhaExplainer, share: float) -> AhaE
         `second`, changed in place; its config's `training` says what was mixed.
 
     Raises:
-        ValueError: the decoders have different weights, by name or shape.
+        ValueError: the share is not finite, the explainers are of two classifiers, or their decoders have different
+            weights, by name or shape.
     """
+    if not math.isfinite(share):
+        raise ValueError(f"share is {share}, but must be a finite number.")
+    prints = first.classifier.fingerprint(), second.classifier.fingerprint()
+    if len(prints[0]) != len(prints[1]) or fingerprint_distance(*prints) > FINGERPRINT_TOLERANCE:
+        raise ValueError("The two explainers explain different classifiers; interpolate two of one classifier.")
     before, after = first.decoder.state_dict(), second.decoder.state_dict()
     shapes = [{name: tuple(tensor.shape) for name, tensor in weights.items()} for weights in (before, after)]
     if shapes[0] != shapes[1]:

@@ -327,4 +327,17 @@ def test_decoders_of_two_shapes_are_not_interpolated(tmp_path, interpolate, clas
     words = [*ends, "--share", "0.5", "--output", str(tmp_path / "mixed")]
     assert "one was trained on from the other" in one_sentence(interpolate.main, words)
     assert "a-misspelt-folder" in one_sentence(interpolate.main, [str(tmp_path / "a-misspelt-folder"), *words[1:]])
+    assert "share is nan" in one_sentence(interpolate.main, [ends[0], ends[0], "--share", "nan", *words[4:]])
     assert not (tmp_path / "mixed").exists()
+
+
+def test_explainers_of_two_classifiers_are_not_interpolated(tmp_path, interpolate, classifier_folder, make_classifier):
+    torch.manual_seed(5)
+    other = make_classifier(num_labels=3)
+    with torch.no_grad():
+        other.classifier.weight.add_(1.0)
+    sizes = {"grid_width": 8, "grid_depth": 1, "quarter_width": 8, "half_width": 8}
+    first = AhaExplainer.from_pretrained(saved_explainer(tmp_path / "a", classifier_folder, 0))
+    second = AhaExplainer.from_classifier(other, image_processor=first.image_processor, **sizes)
+    with pytest.raises(ValueError, match="explain different classifiers"):
+        interpolate.interpolate(first, second, 0.5)
