@@ -335,7 +335,7 @@ def test_explainers_of_two_classifiers_are_not_interpolated(tmp_path, interpolat
     torch.manual_seed(5)
     other = make_classifier(num_labels=3)
     with torch.no_grad():
-        other.classifier.weight.add_(1.0)
+        other.classifier.weight.neg_()
     sizes = {"grid_width": 8, "grid_depth": 1, "quarter_width": 8, "half_width": 8}
     first = AhaExplainer.from_pretrained(saved_explainer(tmp_path / "a", classifier_folder, 0))
     second = AhaExplainer.from_classifier(other, image_processor=first.image_processor, **sizes)
